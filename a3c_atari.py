@@ -1,0 +1,540 @@
+"""Asynchronous advantage actor-critic (A3C): CPU processes learn to play Atari from the screen.
+
+    Paper    Mnih et al., "Asynchronous methods for deep reinforcement learning", ICML 2016
+    Shows    algorithm S2 with shared RMSProp: no replay memory, no GPU (figures 1 and 3)
+    Run      python a3c_atari.py --env-id PongNoFrameskip-v4 --num-workers 2 --envs-per-worker 8
+    Result   not yet measured
+
+Departures: learning rate 7e-4, RMSProp's epsilon 0.1, gradient norm 40 and value cost 0.5 are the
+authors' later answers (the paper searches the first and is silent on the others). In training an
+episode ends with a life (paper: not said). Evaluation starts from up to 30 no-ops (paper: from
+human play). Atari games have today's action sets (Pong 6 actions, the paper's 3). With
+--envs-per-worker K > 1 (paper: 1) a process plays K games side by side: one forward pass for K
+screens, one summed gradient per segment of all K; a game that ends goes on with its next episode
+inside the segment, whereas with K = 1 the end of the episode is the end of the segment.
+CUDA is not used: that CPU cores suffice is the paper's point.
+
+Symbols: theta shared parameters; g running average of their squared gradients; T steps taken by
+all workers; a_tm1 taken in s_tm1 gives r_t and s_t; R n-step return; V value; pi policy.
+Shapes: K games of a worker, N <= t_max steps of a segment, A actions. A step is one decision of
+the agent, 4 frames of the emulator.
+"""
+
+import copy
+import csv
+import difflib
+import itertools
+import math
+import os
+import pickle
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+import tyro
+from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, RecordEpisodeStatistics
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # The method
+    env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
+    network: Literal["small", "large"] = "small"  # convolutions of DQN 2013 or of DQN 2015
+    lstm: bool = False  # 256 LSTM cells after the last hidden layer
+    num_workers: int = os.cpu_count() or 1  # processes that play and learn (paper: 16)
+    envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
+    t_max: int = 5  # steps of a segment, at most
+    discount: float = 0.99  # gamma
+    entropy_cost: float = 0.01  # beta
+    value_cost: float = 0.5  # factor on the gradient of the value
+    # Optimisation
+    total_timesteps: int = 80_000_000  # of all workers together; 320 M frames, the paper's day
+    learning_rate: float = 7e-4  # at the start; falls linearly to 0
+    rmsprop_decay: float = 0.99  # of the running squared gradient g
+    rmsprop_eps: float = 0.1  # inside the root
+    max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
+    # The run
+    report_every: int = 50_000  # steps between two reports, each with a checkpoint
+    eval_every: int = 0  # steps between two evaluations during training; 0: only at the end
+    eval_episodes: int = 10  # whole games of an evaluation
+    capture_video: bool = False  # write the first game of an evaluation as a GIF
+    seed: int = 1  # of every random number; workers race, so runs still differ
+    run_dir: str = ""  # for logs, films, checkpoint.pt; default runs/GAME__SCRIPT__SEED__TIME
+    resume: str = ""  # a checkpoint.pt to continue from, in its own folder
+    evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
+
+
+# ---- The method ---------------------------------------------------------------------------------
+
+
+class Segment(NamedTuple):
+    """Up to t_max consecutive steps of K games under one copy of the parameters."""
+
+    s_tm1: Tensor  # [N, K, 4, 84, 84] screens, bytes
+    a_tm1: Tensor  # [N, K] actions
+    r_t: Tensor  # [N, K] clipped rewards
+    terminated: Tensor  # [N, K] the step ended the episode: nothing follows
+    truncated: Tensor  # [N, K] the step ran into the time limit: more would have followed
+    v_t: Tensor  # [N, K] V(s_t), known where the segment or a truncated episode ends
+    fresh: Tensor  # [N, K] s_tm1 begins an episode
+    lstm_state: tuple[Tensor, Tensor]  # 2 x [K, 256] before the first step
+
+
+class ActorCritic(nn.Module):
+    """Policy pi and value V on one shared trunk (section 5.1)."""
+
+    def __init__(self, num_actions: int, network: Literal["small", "large"], lstm: bool):
+        super().__init__()
+        if network == "small":  # Mnih et al. 2013
+            convolutions = [nn.Conv2d(4, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU()]
+            hidden = [nn.Flatten(), nn.Linear(32 * 9 * 9, 256), nn.ReLU()]
+        else:  # Mnih et al. 2015
+            convolutions = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
+            convolutions += [nn.Conv2d(64, 64, 3, 1), nn.ReLU()]
+            hidden = [nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU()]
+        width = hidden[1].out_features
+        self.trunk = nn.Sequential(*convolutions, *hidden)
+        self.lstm = nn.LSTMCell(width, 256) if lstm else None
+        self.policy = nn.Linear(256 if lstm else width, num_actions)
+        self.value = nn.Linear(256 if lstm else width, 1)
+        self.to(memory_format=torch.channels_last)  # convolutions take 25 % less time
+
+    @staticmethod
+    def initial_lstm_state(K: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(K, 256), torch.zeros(K, 256)
+
+    def forward(self, s: Tensor, lstm_state: tuple[Tensor, Tensor], fresh: Tensor):
+        """Logits [N, K, A], V [N, K] and the next LSTM state for screens s [N, K, 4, 84, 84].
+
+        lstm_state (2 x [K, 256]) is emptied where fresh [N, K] says that an episode begins.
+        """
+        x = s.flatten(0, 1).to(torch.float32, memory_format=torch.channels_last).mul_(1 / 255)
+        x = self.trunk(x)  # [N * K, width]
+        if self.lstm is not None:
+            outputs = []
+            for x_t, fresh_t in zip(x.split(s.shape[1]), fresh, strict=True):
+                h, c = (state * ~fresh_t[:, None] for state in lstm_state)
+                lstm_state = self.lstm(x_t, (h, c))
+                outputs.append(lstm_state[0])
+            x = torch.cat(outputs)
+        return self.policy(x).unflatten(0, s.shape[:2]), self.value(x).view(s.shape[:2]), lstm_state
+
+
+def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Actions [K] drawn from pi = softmax(logits [K, A]): the first of A exponential clocks."""
+    pi = logits.softmax(-1)
+    return (pi / torch.empty_like(pi).exponential_(generator=generator)).argmax(-1)
+
+
+def n_step_returns(
+    r_t: Tensor, terminated: Tensor, truncated: Tensor, v_t: Tensor, discount: float
+) -> Tensor:
+    """R [N, K], backwards from 0 where the episode terminated, else from V(s_t) (algorithm S2)."""
+    returns = torch.empty_like(r_t)
+    R = v_t[-1]
+    for i in reversed(range(len(r_t))):
+        R = torch.where(truncated[i], v_t[i], R)
+        R = r_t[i] + discount * torch.where(terminated[i], 0, R)
+        returns[i] = R
+    return returns
+
+
+def policy_loss(logits: Tensor, a: Tensor, advantage: Tensor) -> Tensor:
+    """-log pi(a|s) (R - V), summed over the segment; the advantage counts as a constant."""
+    log_pi_a = logits.log_softmax(-1).gather(-1, a[..., None]).squeeze(-1)  # [N, K]
+    return -(log_pi_a * advantage.detach()).sum()
+
+
+def value_loss(advantage: Tensor) -> Tensor:
+    """(R - V)^2 / 2, summed over the segment."""
+    return advantage.square().sum() / 2
+
+
+def policy_entropy(logits: Tensor) -> Tensor:
+    """H(pi) in nats, summed over the segment (section 4)."""
+    log_pi = logits.log_softmax(-1)
+    return -(log_pi.exp() * log_pi).sum()
+
+
+def a3c_loss(net: ActorCritic, segment: Segment, args: Args) -> tuple[Tensor, dict[str, float]]:
+    """The sum whose gradient algorithm S2 accumulates, and its parts per step to watch it by."""
+    logits, v, _ = net(segment.s_tm1, segment.lstm_state, segment.fresh)
+    R = n_step_returns(
+        segment.r_t, segment.terminated, segment.truncated, segment.v_t, args.discount
+    )
+    parts = {
+        "losses/policy_loss": policy_loss(logits, segment.a_tm1, R - v),
+        "losses/value_loss": args.value_cost * value_loss(R - v),
+        "losses/entropy": policy_entropy(logits),
+    }
+    pi_loss, v_loss, entropy = parts.values()
+    watched = {tag: part.item() / R.numel() for tag, part in parts.items()}
+    return pi_loss + v_loss - args.entropy_cost * entropy, watched
+
+
+@torch.no_grad()
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """target <- source, two networks of one shape."""
+    for theirs, ours in zip(source.parameters(), target.parameters(), strict=True):
+        ours.copy_(theirs)
+
+
+class SharedRMSProp:
+    """RMSProp whose running average g lives, like theta, in memory all workers share (eq. 1)."""
+
+    def __init__(self, theta: Sequence[Tensor], decay: float, eps: float):
+        self.theta, self.decay, self.eps = theta, decay, eps
+        self.g = [torch.zeros_like(t).share_memory_() for t in theta]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
+        """Without a lock: that workers now and then undo one another's writes does no harm."""
+        for theta, g, d_theta in zip(self.theta, self.g, gradients, strict=True):
+            g.mul_(self.decay).addcmul_(d_theta, d_theta, value=1 - self.decay)
+            theta.addcdiv_(d_theta, (g + self.eps).sqrt_(), value=-learning_rate)  # eps inside
+
+
+def clip_by_norm(gradients: Sequence[Tensor], max_norm: float) -> float:
+    """Scale the gradients in place to a joint norm of at most max_norm; returns what it was."""
+    norm = nn.utils.get_total_norm(gradients).item()
+    if norm > max_norm:
+        for gradient in gradients:
+            gradient.mul_(max_norm / norm)
+    return norm
+
+
+# ---- The game -----------------------------------------------------------------------------------
+
+
+MAX_FRAMES = 108_000  # of a game, 30 minutes of play; then it is truncated
+
+
+class EpisodicLife(gym.Wrapper):
+    """A lost life terminates the episode; the game itself restarts only when it is over."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.lives, self.game_over = 0, True
+
+    def step(self, action):
+        s_t, r_t, terminated, truncated, info = self.env.step(action)
+        self.game_over = terminated or truncated
+        lives = self.unwrapped.ale.lives()
+        life_lost, self.lives = lives < self.lives, lives
+        return s_t, r_t, terminated or life_lost, truncated, info
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if not self.game_over and seed is None:
+            s_t, _, terminated, truncated, info = self.env.step(0)  # a no-op into the next life
+            self.game_over = terminated or truncated
+        if self.game_over or seed is not None:
+            s_t, info = self.env.reset(seed=seed, options=options)
+        self.game_over, self.lives = False, self.unwrapped.ale.lives()
+        return s_t, info
+
+
+def make_env(env_id: str, training: bool = True) -> gym.Env:
+    """A game that shows its last four screens, the newest last, as bytes [4, 84, 84].
+
+    Atari games get the preprocessing of DQN 2015; the screens of any other are only stacked.
+    When a whole game is over, info["episode"] holds its true score "r" and its frames "l".
+    """
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
+    atari = {"obs_type": "grayscale", "frameskip": 1, "max_num_frames_per_episode": MAX_FRAMES}
+    try:
+        is_atari = ":" not in env_id and "ale_py" in str(gym.spec(env_id).entry_point)
+        if is_atari:
+            env = gym.make(env_id, render_mode=None if training else "rgb_array", **atari)
+        else:
+            env = gym.make(env_id)
+    except (gym.error.Error, ImportError) as error:
+        nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
+        raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
+
+    env = RecordEpisodeStatistics(env)
+    if is_atari:
+        env = AtariPreprocessing(env, noop_max=30, frame_skip=4)
+        env = EpisodicLife(env) if training else env
+    screen, actions = env.observation_space, env.action_space
+    fits = screen.shape == (84, 84) and screen.dtype == np.uint8
+    if not fits or not isinstance(actions, gym.spaces.Discrete):
+        raise SystemExit(
+            f"{env_id} shows {screen} and takes {actions}; this script needs "
+            "uint8 screens of shape (84, 84) and Discrete actions."
+        )
+    return FrameStackObservation(env, 4)
+
+
+def play(
+    envs: list[gym.Env], seeds: list[int], net: ActorCritic, t_max: int, on_game: Callable
+) -> Iterator[Segment]:
+    """Endless segments of K games side by side, each played with the parameters net has by then.
+
+    on_game(score, frames) is called whenever a whole game is over.
+    """
+    s_tm1 = torch.stack([torch.from_numpy(env.reset(seed=i)[0]) for env, i in zip(envs, seeds)])
+    goes_on = torch.zeros(len(envs), dtype=torch.bool)
+    fresh, lstm_state = ~goes_on, net.initial_lstm_state(len(envs))
+    while True:
+        steps, first_lstm_state, last = [], lstm_state, False
+        while not last:
+            with torch.no_grad():
+                logits, _, lstm_state = net(s_tm1[None], lstm_state, fresh[None])
+                a_tm1 = sample(logits[0])  # [K]
+            outcomes = [env.step(a) for env, a in zip(envs, a_tm1.tolist())]
+            screens, rewards, terminated, truncated, infos = zip(*outcomes)
+            s_t = torch.stack([torch.from_numpy(screen) for screen in screens])
+            r_t = torch.tensor(rewards, dtype=torch.float32).clamp(-1, 1)
+            terminated, truncated = torch.tensor(terminated), torch.tensor(truncated)
+
+            ended = terminated | truncated
+            last = len(steps) == t_max - 1 or bool(ended.all())
+            v_t = torch.zeros(len(envs))
+            if last or truncated.any():
+                with torch.no_grad():  # the LSTM's new state is dropped: it has yet to see s_t
+                    v_t = net(s_t[None], lstm_state, goes_on[None])[1][0]
+            steps.append((s_tm1, a_tm1, r_t, terminated, truncated, v_t, fresh))
+
+            s_tm1, fresh = s_t, ended
+            for k in ended.nonzero().flatten().tolist():
+                s_tm1[k] = torch.from_numpy(envs[k].reset()[0])
+                if "episode" in infos[k]:
+                    on_game(infos[k]["episode"]["r"], infos[k]["episode"]["l"])
+        yield Segment(*map(torch.stack, zip(*steps)), first_lstm_state)
+
+
+# ---- Evaluation and training --------------------------------------------------------------------
+
+
+def independent_seeds(count: int, *entropy: int) -> list[int]:
+    """Seeds that differ from each other and from those of any other entropy."""
+    return np.random.SeedSequence(entropy).generate_state(count).tolist()
+
+
+@torch.no_grad()
+def evaluate(
+    net: ActorCritic, args: Args, film: Path | None = None, watch: Callable = lambda: None
+) -> dict[str, float]:
+    """True scores of whole games, begun with up to 30 no-ops and played by sampling from pi.
+
+    film: where to write the first game as a GIF. watch() is called at every step.
+    """
+    seeds = independent_seeds(args.eval_episodes + 1, args.seed)
+    generator = torch.Generator().manual_seed(seeds.pop())
+    envs = [make_env(args.env_id, training=False) for _ in seeds]
+    s = torch.stack([torch.from_numpy(env.reset(seed=i)[0]) for env, i in zip(envs, seeds)])
+    fresh, lstm_state = torch.ones(len(envs), dtype=torch.bool), net.initial_lstm_state(len(envs))
+    playing, games, pictures = list(range(len(envs))), [], []
+    with tqdm(total=len(envs), unit="game", leave=False, disable=None) as bar:
+        while playing:
+            watch()
+            logits, _, lstm_state = net(s[None], lstm_state, fresh[None])
+            a = sample(logits[0], generator).tolist()
+            fresh = torch.zeros_like(fresh)
+            for k in playing.copy():
+                screens, _, terminated, truncated, info = envs[k].step(a[k])
+                s[k] = torch.from_numpy(screens)
+                if terminated or truncated:
+                    games.append(info["episode"])
+                    playing.remove(k)
+                    bar.update()
+                if film and k == 0 and len(pictures) < 1800:  # two minutes
+                    picture = envs[0].render() if envs[0].render_mode else screens[-1]
+                    pictures.append(Image.fromarray(picture))
+    if film:
+        pictures[0].save(film, save_all=True, append_images=pictures[1:], duration=67, loop=0)
+    return {
+        "eval/episodic_return": float(np.mean([game["r"] for game in games])),
+        "eval/episodic_return_std": float(np.std([game["r"] for game in games])),
+        "eval/episodic_length": float(np.mean([game["l"] for game in games])),  # frames
+    }
+
+
+def update(
+    net: ActorCritic, optimizer: SharedRMSProp, segment: Segment, learning_rate: float, args: Args
+) -> dict[str, float]:
+    """Move the shared parameters by the gradient that net, a copy of them, has on a segment.
+
+    A gradient that is not finite moves nothing; the norm returned tells.
+    """
+    loss, watched = a3c_loss(net, segment, args)
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+    norm = clip_by_norm(gradients, args.max_gradient_norm)
+    if math.isfinite(norm):
+        optimizer.step(gradients, learning_rate)
+    return watched | {"losses/gradient_norm": norm, "charts/learning_rate": learning_rate}
+
+
+def worker(rank: int, args: Args, shared: ActorCritic, optimizer: SharedRMSProp, T, log) -> None:
+    """One actor-learner (algorithm S2); it reports by putting (tag, value, step) on log."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    seeds = independent_seeds(2 + args.envs_per_worker, args.seed, rank + 1, T.value)
+    torch.manual_seed(seeds.pop())
+    np.random.seed(seeds.pop())
+
+    def on_game(score: float, frames: int) -> None:
+        log.put(("charts/episodic_return", float(score), T.value))
+        log.put(("charts/episodic_length", float(frames), T.value))
+
+    envs = [make_env(args.env_id) for _ in seeds]
+    net = ActorCritic(envs[0].action_space.n, args.network, args.lstm)  # theta'
+    segments = play(envs, seeds, net, args.t_max, on_game)
+    for updates in itertools.count(1):
+        if T.value >= args.total_timesteps:
+            return
+        copy_parameters(shared, net)
+        segment = next(segments)
+        with T.get_lock():
+            T.value += segment.r_t.numel()
+        learning_rate = args.learning_rate * max(0.0, 1 - T.value / args.total_timesteps)
+        watched = update(net, optimizer, segment, learning_rate, args)
+        if updates % 100 == 0 or not math.isfinite(watched["losses/gradient_norm"]):
+            for tag, value in watched.items():
+                log.put((tag, value, T.value))
+
+
+def report(writer, step: int, metrics: dict[str, float]) -> None:
+    """The same numbers to the terminal, to tensorboard and to metrics.csv."""
+    tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+    with open(Path(writer.log_dir, "metrics.csv"), "a", newline="") as file:
+        csv.writer(file).writerows([step, name, value] for name, value in metrics.items())
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def load_checkpoint(path: Path, args: Args, *shaping: str) -> dict:
+    """What save_checkpoint wrote, if its run had args' values of the flags that shape the net."""
+    try:
+        checkpoint = torch.load(path)
+        made_with = checkpoint["args"]
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        TypeError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise SystemExit(f"{path} is not a checkpoint, or a damaged one ({error}).") from None
+    for name in shaping:
+        flag, theirs, ours = "--" + name.replace("_", "-"), made_with.get(name), getattr(args, name)
+        if theirs != ours:
+            raise SystemExit(f"{path} was made with {flag} {theirs}, not {flag} {ours}.")
+    return checkpoint
+
+
+def drain(log, recent: dict[str, list[float]]) -> None:
+    """Sort by tag what the workers have put on log since the last time."""
+    while not log.empty():
+        tag, value, step = log.get()
+        if not math.isfinite(value):
+            raise SystemExit(
+                f"{tag} is {value} at step {step}. The run stops; its last checkpoint is from "
+                "before. Try a smaller --learning-rate."
+            )
+        recent[tag].append(value)
+
+
+def check(args: Args) -> None:
+    """Refuse values that no run can have."""
+    for name in ("num_workers", "envs_per_worker", "t_max", "report_every", "eval_episodes"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise SystemExit(f"{flag} must be at least 1, not {getattr(args, name)}.")
+    if args.resume and args.evaluate:
+        raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
+    if args.resume and args.run_dir:
+        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    torch.set_num_threads(1)  # the cores are the workers'
+    torch.manual_seed(args.seed)
+    net = ActorCritic(make_env(args.env_id).action_space.n, args.network, args.lstm).share_memory()
+    optimizer = SharedRMSProp(list(net.parameters()), args.rmsprop_decay, args.rmsprop_eps)
+    first_step, seconds = 0, 0.0
+    if args.evaluate or args.resume:
+        path = Path(args.evaluate or args.resume)
+        checkpoint = load_checkpoint(path, args, "env_id", "network", "lstm")
+        net.load_state_dict(checkpoint["net"])
+        if args.evaluate:
+            return evaluate(net, args, path.with_name("game.gif") if args.capture_video else None)
+        for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
+            g.copy_(saved_g)
+        first_step, seconds = checkpoint["T"], checkpoint["seconds"]
+
+    from torch.utils.tensorboard import SummaryWriter  # not above: workers import this file, too
+
+    game = args.env_id.replace("/", "-").replace(":", "-")
+    name = f"{game}__a3c_atari__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    writer = SummaryWriter(run_dir)
+    writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
+    shared = {"net": net.state_dict(), "g": optimizer.g, "args": asdict(args)}
+    save = partial(save_checkpoint, run_dir / "checkpoint.pt", **shared)
+
+    spawn = mp.get_context("spawn")
+    T, log = spawn.Value("q", first_step), spawn.Queue()
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until they listen to it themselves
+    workers = mp.spawn(worker, (args, net, optimizer, T, log), args.num_workers, join=False)
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", disable=None)
+    recent, finished = defaultdict(list), False
+    last_step, last_time, last_evaluation = first_step, time.perf_counter(), first_step
+    try:
+        while not finished:
+            finished = workers.join(timeout=1)  # a worker's exception is raised here
+            drain(log, recent)
+            step, now = T.value, time.perf_counter()
+            bar.update(step - bar.n)
+            if not finished and step < last_step + args.report_every:
+                continue
+
+            seconds += now - last_time
+            metrics = {tag: float(np.mean(values)) for tag, values in sorted(recent.items())}
+            metrics["charts/SPS"] = (step - last_step) / (now - last_time)
+            metrics["charts/minutes"] = seconds / 60
+            recent, last_step, last_time = defaultdict(list), step, now
+            save(T=step, seconds=seconds)
+            if finished or (args.eval_every and step >= last_evaluation + args.eval_every):
+                film = run_dir / f"game_{step}.gif" if args.capture_video else None
+                metrics |= evaluate(copy.deepcopy(net), args, film, partial(workers.join, 0))
+                last_evaluation = step
+            report(writer, step, metrics)
+    except KeyboardInterrupt:
+        save(T=T.value, seconds=seconds + time.perf_counter() - last_time)
+        raise SystemExit(f"Stopped; go on with --resume {run_dir / 'checkpoint.pt'}") from None
+    finally:
+        for process in workers.processes:
+            process.terminate()
+            process.join()
+        bar.close()
+        writer.close()
+    return metrics
+
+
+if __name__ == "__main__":
+    print(main(tyro.cli(Args, description=__doc__)))

@@ -1,0 +1,591 @@
+"""a3c_atari.py against the public bugs of its paper's sheet.
+
+Caught here: gradients that pile up in shared .grad fields (ensure_shared_grads); RMSProp's epsilon
+outside the root; a mean where the paper sums; the same random numbers in every worker; an LSTM
+state that the bootstrap advances or an episode inherits; a lost life that restarts the game;
+clipped scores in the report; entropy over the wrong axis; a negative learning rate at the end;
+an evaluation that never ends because nobody presses FIRE; a dead worker that hangs the run.
+"""
+
+import dataclasses
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+import toy_games  # noqa: F401
+from PIL import Image
+from torch.distributions import Categorical
+
+import a3c_atari
+from a3c_atari import ActorCritic, Args, Segment, SharedRMSProp
+
+ROOT = Path(__file__).parent.parent
+TOY = {"env_id": "toy_games:Side-v0", "num_workers": 2, "eval_episodes": 4}
+
+
+def random_segment(N: int = 5, K: int = 3, num_actions: int = 4, seed: int = 0) -> Segment:
+    generator = torch.Generator().manual_seed(seed)
+    return Segment(
+        s_tm1=torch.randint(0, 256, (N, K, 4, 84, 84), generator=generator, dtype=torch.uint8),
+        a_tm1=torch.randint(0, num_actions, (N, K), generator=generator),
+        r_t=torch.randint(-1, 2, (N, K), generator=generator).float(),
+        terminated=torch.rand(N, K, generator=generator) < 0.2,
+        truncated=torch.rand(N, K, generator=generator) < 0.2,
+        v_t=torch.randn(N, K, generator=generator),
+        fresh=torch.zeros(N, K, dtype=torch.bool),
+        lstm_state=ActorCritic.initial_lstm_state(K),
+    )
+
+
+def processes_of(run: subprocess.Popen) -> list[int]:
+    """The living processes whose parent is run, read from /proc."""
+    children = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == run.pid:
+            children.append(int(status.parent.name))
+    return children
+
+
+# ---- Equations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [1, 2, 5])
+def test_math_n_step_returns_are_those_of_a_double_loop(N):
+    r, v, discount = torch.randn(N, 40).double(), torch.randn(N, 40).double(), 0.9
+    terminated, truncated = torch.rand(2, N, 40) < 0.25
+    returns = a3c_atari.n_step_returns(r, terminated, truncated, v, discount)
+    for k in range(40):
+        for i in range(N):
+            expected, weight = 0.0, 1.0
+            for j in range(i, N):
+                expected += weight * r[j, k].item()
+                weight *= discount
+                if terminated[j, k]:
+                    break
+                if truncated[j, k] or j == N - 1:
+                    expected += weight * v[j, k].item()
+                    break
+            assert returns[i, k].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_math_sample_follows_pi_and_its_generator():
+    logits = torch.tensor([[0.0, 1.0, -2.0, 0.5]]).repeat(40_000, 1)
+    a = a3c_atari.sample(logits, torch.Generator().manual_seed(0))
+    assert torch.equal(a, a3c_atari.sample(logits, torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(a.bincount() / 40_000, logits[0].softmax(-1), atol=0.01, rtol=0)
+
+
+def test_math_policy_loss_and_entropy_are_those_of_categorical():
+    logits = torch.randn(5, 3, 6, dtype=torch.float64) * 3
+    a, advantage = torch.randint(0, 6, (5, 3)), torch.randn(5, 3, dtype=torch.float64)
+    pi = Categorical(logits=logits)
+    loss = a3c_atari.policy_loss(logits, a, advantage)
+    assert loss.item() == pytest.approx(-(pi.log_prob(a) * advantage).sum().item())
+    assert a3c_atari.policy_entropy(logits).item() == pytest.approx(pi.entropy().sum().item())
+
+
+def test_math_entropy_of_a_certain_policy_is_zero_not_nan():
+    logits = torch.tensor([[0.0, -1e4, -1e4]], requires_grad=True)
+    entropy = a3c_atari.policy_entropy(logits)
+    entropy.backward()
+    assert entropy.item() == 0 and torch.isfinite(logits.grad).all()
+
+
+def test_math_the_loss_sums_over_the_segment_with_the_papers_weights():
+    torch.manual_seed(0)
+    net, segment = ActorCritic(4, "small", lstm=False), random_segment()
+    args = Args(entropy_cost=0.3, value_cost=0.7, discount=0.8)
+    loss, watched = a3c_atari.a3c_loss(net, segment, args)
+    expected = 0.0
+    for k in range(3):
+        for i in range(5):
+            logits, v, _ = net(segment.s_tm1[i : i + 1, k : k + 1], segment.lstm_state, None)
+            pi = Categorical(logits=logits[0, 0])
+            R, weight = 0.0, 1.0
+            for j in range(i, 5):
+                R, weight = R + weight * segment.r_t[j, k].item(), weight * 0.8
+                if segment.terminated[j, k] or segment.truncated[j, k] or j == 4:
+                    R += 0 if segment.terminated[j, k] else weight * segment.v_t[j, k].item()
+                    break
+            advantage = R - v.item()
+            expected -= pi.log_prob(segment.a_tm1[i, k]).item() * advantage
+            expected += 0.7 * advantage**2 / 2 - 0.3 * pi.entropy().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    parts = watched["losses/policy_loss"] + watched["losses/value_loss"]
+    parts -= 0.3 * watched["losses/entropy"]
+    assert parts * 15 == pytest.approx(expected, rel=1e-4)
+
+
+def test_math_shared_rmsprop_is_equation_1_with_epsilon_inside_the_root():
+    rng = np.random.default_rng(0)
+    theta, g = rng.normal(size=(3, 2)), np.zeros((3, 2))
+    shared = torch.tensor(theta)
+    optimizer = SharedRMSProp([shared], decay=0.9, eps=0.1)
+    assert optimizer.g[0].is_shared()
+    for learning_rate in (0.5, 0.25, 0.1):
+        gradient = rng.normal(size=(3, 2))
+        g = 0.9 * g + (1 - 0.9) * gradient**2
+        theta = theta - learning_rate * gradient / np.sqrt(g + 0.1)
+        optimizer.step([torch.tensor(gradient)], learning_rate)
+    np.testing.assert_allclose(shared.numpy(), theta, rtol=1e-12)
+    np.testing.assert_allclose(optimizer.g[0].numpy(), g, rtol=1e-12)
+
+
+def test_math_clip_by_norm_scales_all_gradients_alike():
+    gradients = [torch.full((2, 2), 3.0), torch.full((7,), -4.0)]
+    norm = math.sqrt(4 * 9 + 7 * 16)
+    assert a3c_atari.clip_by_norm(gradients, 2 * norm) == pytest.approx(norm)
+    assert gradients[0][0, 0] == 3
+    assert a3c_atari.clip_by_norm(gradients, norm / 2) == pytest.approx(norm)
+    assert gradients[0][0, 0] == pytest.approx(1.5) and gradients[1][0] == pytest.approx(-2)
+
+
+@pytest.mark.parametrize(
+    ("network", "lstm", "num_actions", "count"),
+    [
+        ("small", False, 6, 676_144 + 257 * 7),
+        ("small", True, 4, 676_144 + 4 * 256 * (256 + 256 + 2) + 257 * 5),
+        ("large", False, 18, 1_684_128 + 513 * 19),
+        ("large", True, 3, 1_684_128 + 4 * 256 * (512 + 256 + 2) + 257 * 4),
+    ],
+)
+def test_math_parameter_counts(network, lstm, num_actions, count):
+    net = ActorCritic(num_actions, network, lstm)
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+def test_math_torch7_initialisation():
+    torch.manual_seed(0)
+    for layer in (*ActorCritic(4, "small", lstm=False).trunk, ActorCritic(4, "small", False).value):
+        for p in layer.parameters():
+            bound = 1 / math.sqrt(layer.weight[0].numel())
+            assert p.abs().max() <= bound and (p.numel() < 200 or p.abs().max() > 0.98 * bound)
+
+
+def test_math_screens_enter_as_numbers_from_0_to_1():
+    net = ActorCritic(4, "small", lstm=False)
+    seen = []
+    net.trunk.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    s = torch.randint(0, 256, (2, 3, 4, 84, 84), dtype=torch.uint8)
+    net(s, net.initial_lstm_state(3), torch.zeros(2, 3, dtype=torch.bool))
+    torch.testing.assert_close(seen[0], s.flatten(0, 1).float() / 255)
+
+
+# ---- Gradients ----------------------------------------------------------------------------------
+
+
+def test_gradient_routes():
+    """R - V trains the value through the value loss alone, and pi through the policy loss alone."""
+    net, segment = ActorCritic(4, "small", lstm=False), random_segment()
+    logits, v, _ = net(segment.s_tm1, segment.lstm_state, segment.fresh)
+    heads = [net.policy.weight, net.value.weight]
+    pi_loss = a3c_atari.policy_loss(logits, segment.a_tm1, segment.r_t - v)
+    on_policy, on_value = torch.autograd.grad(pi_loss, heads, allow_unused=True, retain_graph=True)
+    assert on_value is None and on_policy.abs().sum() > 0
+    v_loss = a3c_atari.value_loss(segment.r_t - v)
+    on_policy, on_value = torch.autograd.grad(v_loss, heads, allow_unused=True)
+    assert on_policy is None and on_value.abs().sum() > 0
+
+
+def test_gradient_of_the_value_is_v_minus_r():
+    v, R = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    a3c_atari.value_loss(R - v).backward()
+    torch.testing.assert_close(v.grad, v.detach() - R)
+
+
+def test_gradient_of_one_segment_applied_twice_moves_twice_as_far():
+    """Gradients that pile up between updates (the ensure_shared_grads bug) move it further."""
+    torch.manual_seed(0)
+    shared, net = ActorCritic(4, "small", lstm=False), ActorCritic(4, "small", lstm=False)
+    a3c_atari.copy_parameters(shared, net)
+    optimizer = SharedRMSProp(list(shared.parameters()), decay=1.0, eps=0.1)  # g stays 0
+    moves = []
+    for _ in range(2):
+        before = shared.policy.weight.detach().clone()
+        a3c_atari.update(net, optimizer, random_segment(), 0.01, Args())
+        moves.append(shared.policy.weight.detach() - before)
+    assert moves[0].abs().max() > 1e-4
+    torch.testing.assert_close(moves[0], moves[1], rtol=1e-4, atol=1e-7)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_gradient_that_is_not_finite_moves_nothing():
+    net = ActorCritic(4, "small", lstm=False)
+    before = [p.detach().clone() for p in net.parameters()]
+    segment = random_segment()._replace(v_t=torch.full((5, 3), math.nan))
+    optimizer = SharedRMSProp(list(net.parameters()), 0.99, 0.1)
+    watched = a3c_atari.update(net, optimizer, segment, 0.01, Args())
+    assert not math.isfinite(watched["losses/gradient_norm"])
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before))
+
+
+# ---- LSTM ---------------------------------------------------------------------------------------
+
+
+def test_math_lstm_segment_equals_single_steps_and_forgets_between_episodes():
+    torch.manual_seed(0)
+    net, segment = ActorCritic(4, "small", lstm=True), random_segment()
+    state = (torch.randn(3, 256), torch.randn(3, 256))
+    fresh = segment.fresh.clone()
+    fresh[2, 1] = True
+    logits, v, end = net(segment.s_tm1, state, fresh)
+    h, c = (x.clone() for x in state)
+    for i in range(5):
+        if i == 2:
+            h[1], c[1] = 0, 0
+        features = net.trunk(segment.s_tm1[i].float() / 255)
+        h, c = net.lstm(features, (h.clone(), c.clone()))
+        torch.testing.assert_close(logits[i], net.policy(h), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(v[i], net.value(h)[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(end, (h, c), rtol=1e-4, atol=1e-5)
+
+
+def test_math_lstm_state_is_carried_over_segments_detached_and_not_advanced_by_the_bootstrap():
+    torch.manual_seed(0)
+    net = ActorCritic(2, "small", lstm=True)
+    envs = [a3c_atari.make_env("toy_games:Clock-v0"), a3c_atari.make_env("toy_games:Side-v0")]
+    segments = a3c_atari.play(envs, [1, 2], net, 4, lambda score, frames: None)
+    state = net.initial_lstm_state(2)
+    for _ in range(6):
+        segment = next(segments)
+        torch.testing.assert_close(segment.lstm_state, state, rtol=1e-4, atol=1e-5)
+        assert not any(x.requires_grad for x in segment.lstm_state)
+        with torch.no_grad():
+            *_, state = net(segment.s_tm1, segment.lstm_state, segment.fresh)
+    assert segment.lstm_state[0].abs().sum() > 0
+
+
+# ---- Play ---------------------------------------------------------------------------------------
+
+
+def test_math_play_gives_the_paper_its_segments():
+    """With one game a segment ends after t_max steps or with its episode."""
+    net = ActorCritic(2, "small", lstm=False)
+    games = []
+    env = a3c_atari.make_env("toy_games:Clock-v0")
+    segments = a3c_atari.play([env], [1], net, 5, lambda *game: games.append(game))
+    for lengths in (5, 2), (5, 2):
+        clock = 0
+        for length in lengths:
+            segment = next(segments)
+            assert segment.r_t.shape == (length, 1)
+            for i in range(length):
+                stack = [max(0, clock - 3 + j) for j in range(4)]
+                assert segment.s_tm1[i, 0, :, 0, 0].tolist() == stack
+                assert segment.fresh[i, 0] == (clock == 0)
+                clock += 1
+            assert (segment.r_t == 1).all()  # 1 .. 7, clipped
+            assert segment.terminated[:, 0].tolist() == [False] * (length - 1) + [clock == 7]
+            assert (segment.v_t[:-1] == 0).all()
+        assert games[-1] == (28, 7)  # unclipped
+
+
+def test_math_truncation_bootstraps_from_the_last_screen_of_its_own_episode():
+    net = ActorCritic(2, "small", lstm=False)
+    envs = [
+        a3c_atari.make_env("toy_games:TruncatedClock-v0"),
+        a3c_atari.make_env("toy_games:Side-v0"),
+    ]
+    segment = next(a3c_atari.play(envs, [1, 2], net, 9, lambda *game: None))
+    assert segment.truncated[:, 0].tolist() == [False] * 6 + [True] + [False] * 2
+    last = torch.tensor([4, 5, 6, 7], dtype=torch.uint8).view(1, 1, 4, 1, 1).expand(1, 1, 4, 84, 84)
+    with torch.no_grad():
+        v = net(last, net.initial_lstm_state(1), torch.zeros(1, 1, dtype=torch.bool))[1].item()
+    assert segment.v_t[6, 0].item() == pytest.approx(v, abs=1e-5)
+    assert segment.s_tm1[7, 0].unique().tolist() == [0]  # the next episode has begun
+
+
+def test_math_life_loss_ends_the_episode_and_not_the_game():
+    env = a3c_atari.make_env("BreakoutNoFrameskip-v4")
+    env.reset(seed=0)
+    rng, lives, rewards, info = np.random.default_rng(0), [5], [], {}
+    while "episode" not in info:
+        _, r, terminated, truncated, info = env.step(int(rng.integers(4)))
+        rewards.append(r)
+        if terminated and "episode" not in info:
+            env.reset()
+            lives.append(env.unwrapped.ale.lives())
+    assert lives == [5, 4, 3, 2, 1] and terminated and not truncated
+    assert info["episode"]["r"] == sum(rewards) > 0
+    assert info["episode"]["l"] >= 4 * (len(rewards) + 4) - 3  # frames, those after lost lives too
+    env.reset()
+    assert env.unwrapped.ale.lives() == 5
+
+
+def test_math_evaluation_plays_on_through_lost_lives():
+    env, terminated = a3c_atari.make_env("BreakoutNoFrameskip-v4", training=False), False
+    env.reset(seed=0)
+    while not terminated:
+        *_, terminated, _, info = env.step(1)  # FIRE serves, the paddle stands still
+    assert env.unwrapped.ale.lives() == 0 and "episode" in info
+
+
+def test_math_atari_screens():
+    env = a3c_atari.make_env("PongNoFrameskip-v4")
+    s, _ = env.reset(seed=0)
+    assert s.shape == (4, 84, 84) and s.dtype == np.uint8 and (s[0] == s[3]).all()
+    frames = env.unwrapped.ale.getEpisodeFrameNumber()
+    s_t, *_ = env.step(2)
+    assert (s_t[:3] == s[1:]).all() and env.unwrapped.ale.getEpisodeFrameNumber() == frames + 4
+    assert env.unwrapped.ale.getFloat("repeat_action_probability") == 0
+    sticky = a3c_atari.make_env("ALE/Pong-v5")
+    assert sticky.unwrapped.ale.getFloat("repeat_action_probability") == 0.25
+    sticky.reset(seed=0)
+    frames = sticky.unwrapped.ale.getEpisodeFrameNumber()
+    sticky.step(0)
+    assert sticky.unwrapped.ale.getEpisodeFrameNumber() == frames + 4
+
+
+def test_math_no_ops_are_1_to_30_and_differ():
+    env, starts = a3c_atari.make_env("PongNoFrameskip-v4", training=False), []
+    for seed in range(60):
+        env.reset(seed=seed)
+        starts.append(env.unwrapped.ale.getEpisodeFrameNumber())
+    assert min(starts) >= 1 and max(starts) <= 30 and len(set(starts)) > 20
+
+
+def test_math_every_worker_has_its_own_random_numbers():
+    streams = [a3c_atari.independent_seeds(4, 1, rank, 0) for rank in range(16)]
+    streams += [a3c_atari.independent_seeds(4, 1, rank, 50_000) for rank in range(16)]
+    streams += [a3c_atari.independent_seeds(4, 2, rank, 0) for rank in range(16)]
+    assert len({seed for stream in streams for seed in stream}) == 4 * 48
+    assert streams[0] == a3c_atari.independent_seeds(4, 1, 0, 0)
+
+
+def test_math_a_policy_that_never_fires_is_cut_off(monkeypatch, tmp_path):
+    monkeypatch.setattr(a3c_atari, "MAX_FRAMES", 600)
+    net = ActorCritic(4, "small", lstm=True)
+    with torch.no_grad():
+        net.policy.bias[:] = torch.tensor([1e4, 0, 0, 0])
+    args = Args(eval_episodes=2)
+    metrics = a3c_atari.evaluate(net, args, tmp_path / "game.gif")
+    assert metrics["eval/episodic_return"] == 0 and 600 <= metrics["eval/episodic_length"] < 604
+    with Image.open(tmp_path / "game.gif") as film:
+        assert film.size == (160, 210) and film.n_frames >= 1
+    assert metrics == a3c_atari.evaluate(net, args)
+
+
+def test_math_evaluation_counts_whole_games_and_follows_its_seed():
+    torch.manual_seed(0)
+    net = ActorCritic(2, "small", lstm=False)
+    args = Args(**TOY)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, again = a3c_atari.evaluate(net, args), a3c_atari.evaluate(net, args)
+    other = a3c_atari.evaluate(net, dataclasses.replace(args, seed=2, eval_episodes=20))
+    assert first == again != other and torch.equal(before, torch.get_rng_state())
+    assert first["eval/episodic_length"] == 10 and 0 <= first["eval/episodic_return"] <= 10
+    assert other["eval/episodic_return_std"] > 0
+
+
+# ---- Processes ----------------------------------------------------------------------------------
+
+
+def add_one(rank: int, optimizer: SharedRMSProp) -> None:
+    optimizer.step([torch.full((3,), -1.0) if rank == 0 else torch.tensor([0.0, 0.0, -1.0])], 1.0)
+
+
+def test_math_steps_of_two_processes_both_land():
+    theta = torch.zeros(3).share_memory_()
+    optimizer = SharedRMSProp([theta], decay=1.0, eps=1.0)
+    mp.spawn(add_one, (optimizer,), nprocs=2)
+    assert theta.tolist() == [1, 1, 2]
+
+
+@pytest.mark.parametrize("lstm", [False, True])
+def test_learns_the_toy_game(lstm, tmp_path):
+    """Ten points a game are the optimum, five are chance."""
+    start = time.perf_counter()
+    args = Args(**TOY, lstm=lstm, t_max=5, total_timesteps=16_000, learning_rate=3e-3)
+    args = dataclasses.replace(args, envs_per_worker=4, eval_every=8000, report_every=4000)
+    args = dataclasses.replace(args, run_dir=str(tmp_path), capture_video=True, eval_episodes=20)
+    metrics = a3c_atari.main(args)
+    assert metrics["eval/episodic_return"] > 9.5
+    assert time.perf_counter() - start < 60
+    assert multiprocessing.active_children() == []
+    assert len(list(tmp_path.glob("game_*.gif"))) >= 2
+    rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    rates = [float(value) for _, tag, value in rows if tag == "charts/learning_rate"]
+    assert rates == sorted(rates, reverse=True) and rates[-1] >= 0
+
+    checkpoint = str(tmp_path / "checkpoint.pt")
+    evaluated = a3c_atari.main(dataclasses.replace(args, evaluate=checkpoint, run_dir=""))
+    assert evaluated == {tag: value for tag, value in metrics.items() if tag in evaluated}
+    assert (tmp_path / "game.gif").exists()
+
+
+def test_learns_on_from_where_it_stopped(tmp_path):
+    args = Args(**TOY, total_timesteps=3000, report_every=500, run_dir=str(tmp_path))
+    a3c_atari.main(args)
+    before = torch.load(tmp_path / "checkpoint.pt")
+    assert 3000 <= before["T"] < 3000 + 2 * 5
+    assert sum(g.sum() for g in before["g"]) > 0
+    path = str(tmp_path / "checkpoint.pt")
+    on = dataclasses.replace(args, run_dir="", resume=path, total_timesteps=6000, report_every=1)
+    a3c_atari.main(on)
+    after = torch.load(tmp_path / "checkpoint.pt")
+    assert 6000 <= after["T"] < 6010 and after["seconds"] > before["seconds"]
+    rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    steps = [int(step) for step, tag, _ in rows if tag == "charts/SPS"]
+    assert steps == sorted(steps)
+    rates = [(int(step), float(v)) for step, tag, v in rows if tag == "charts/learning_rate"]
+    _, rate = next(r for r in rates if r[0] > before["T"])
+    assert 0 < rate < 7e-4 * (1 - before["T"] / 6000)
+    untouched = dataclasses.replace(on, total_timesteps=6000)
+    a3c_atari.main(untouched)  # nothing left to do: parameters and g stay as they were loaded
+    last = torch.load(tmp_path / "checkpoint.pt")
+    assert last["T"] == after["T"]
+    assert all(torch.equal(last["net"][name], after["net"][name]) for name in after["net"])
+    assert all(torch.equal(a, b) for a, b in zip(last["g"], after["g"]))
+
+
+def test_learns_nothing_from_a_crashing_game_and_says_so(tmp_path):
+    start = time.perf_counter()
+    args = dataclasses.replace(Args(**TOY), env_id="toy_games:Crashing-v0", run_dir=str(tmp_path))
+    with pytest.raises(mp.ProcessRaisedException, match="ZeroDivisionError"):
+        a3c_atari.main(args)
+    assert time.perf_counter() - start < 30
+    assert multiprocessing.active_children() == []
+
+
+def test_bad_input_a_loss_that_explodes_stops_the_run(tmp_path):
+    args = dataclasses.replace(Args(**TOY), learning_rate=1e30, run_dir=str(tmp_path))
+    with pytest.raises(SystemExit, match=r"is (nan|inf) at step \d+.*--learning-rate"):
+        a3c_atari.main(args)
+    assert multiprocessing.active_children() == []
+
+
+def start_run(tmp_path: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "a3c_atari.py", "--env-id", "toy_games:Side-v0", *flags]
+    command += ["--num-workers", "2", "--run-dir", str(tmp_path), "--report-every", "200"]
+    environment = os.environ | {"PYTHONPATH": "tests"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGINT to all", "SIGKILL a worker"])
+def test_command_line_signals_end_the_run_in_order(name, tmp_path):
+    run = start_run(tmp_path)
+    wait_for((tmp_path / "checkpoint.pt").exists)
+    children = processes_of(run)
+    assert len(children) >= 2
+    written = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
+    if name == "SIGINT to all":  # as a terminal's Ctrl-C does
+        os.killpg(run.pid, signal.SIGINT)
+    elif name == "SIGKILL a worker":
+        os.kill(children[-1], signal.SIGKILL)
+    else:
+        run.send_signal(getattr(signal, name))
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 1
+    if name == "SIGKILL a worker":
+        assert "ProcessExitedException" in errors and "SIGKILL" in errors
+    else:
+        assert "Stopped; go on with --resume" in errors and "Traceback" not in errors
+        assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns > written
+        assert torch.load(tmp_path / "checkpoint.pt")["T"] > 0
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 10)
+
+
+def test_command_line_ctrl_c_while_workers_start(tmp_path):
+    run = start_run(tmp_path)
+    wait_for(lambda: list(tmp_path.glob("events*")))
+    time.sleep(0.5)
+    os.killpg(run.pid, signal.SIGINT)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 1 and "Traceback" not in errors
+
+
+def test_command_line_breakout(tmp_path):
+    """Two thousand steps of the README's command, end to end, in a folder of its own."""
+    command = [sys.executable, str(ROOT / "a3c_atari.py"), "--env-id", "BreakoutNoFrameskip-v4"]
+    command += ["--total-timesteps", "2000", "--num-workers", "2", "--eval-episodes", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "eval/episodic_return" in done.stdout and "charts/SPS" in done.stdout
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name.startswith("BreakoutNoFrameskip-v4__a3c_atari__1__")
+    assert torch.load(run_dir / "checkpoint.pt")["T"] >= 2000
+    assert {"checkpoint.pt", "metrics.csv"} <= {path.name for path in run_dir.iterdir()}
+
+
+# ---- Bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"env_id": "BrekoutNoFrameskip-v4"}, "There is no game.*BreakoutNoFrameskip-v4"),
+        ({"env_id": "BreakoutNoFrameskip-v9"}, "There is no game.*BreakoutNoFrameskip-v4"),
+        ({"env_id": "no_such_module:Env-v0"}, "There is no game no_such_module:Env-v0"),
+        ({"env_id": "toy_games:Colour-v0"}, r"\(84, 84, 3\).*needs uint8 screens"),
+        ({"env_id": "toy_games:Analogue-v0"}, "Discrete actions"),
+        ({"env_id": "CartPole-v1"}, "needs uint8 screens"),
+        ({"num_workers": 0}, "--num-workers must be at least 1, not 0"),
+        ({"envs_per_worker": -1}, "--envs-per-worker must be at least 1, not -1"),
+        ({"t_max": 0}, "--t-max must be at least 1"),
+        ({"eval_episodes": 0}, "--eval-episodes must be at least 1"),
+        ({"resume": "a.pt", "evaluate": "b.pt"}, "pass one of them"),
+        ({"resume": "a.pt", "run_dir": "b"}, "leave --run-dir out"),
+        ({"resume": "missing.pt"}, "missing.pt is not a checkpoint"),
+        ({"evaluate": "damaged.pt"}, "damaged.pt is not a checkpoint"),
+        ({"evaluate": "foreign.pt"}, "foreign.pt is not a checkpoint"),
+        (
+            {"evaluate": "good.pt", "network": "large"},
+            "made with --network small, not --network large",
+        ),
+        ({"resume": "good.pt", "lstm": True}, "made with --lstm False, not --lstm True"),
+        (
+            {"resume": "good.pt", "env_id": "PongNoFrameskip-v4"},
+            "made with --env-id toy_games:Side-v0, not --env-id PongNoFrameskip-v4",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = Args(**TOY)
+    Path("damaged.pt").write_bytes(b"PK\x03\x04 half a file")
+    torch.save([1, 2, 3], "foreign.pt")
+    net = ActorCritic(2, "small", lstm=False)
+    state = {"net": net.state_dict(), "args": dataclasses.asdict(args)}
+    a3c_atari.save_checkpoint(Path("good.pt"), **state)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
+        a3c_atari.main(dataclasses.replace(args, **flags))
+    assert isinstance(stop.value.code, str)  # so the exit code is 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_command_line_help_names_the_paper_and_explains_every_flag():
+    command = [sys.executable, "a3c_atari.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Asynchronous methods for deep reinforcement" in done.stdout
+    for field in dataclasses.fields(Args):
+        assert "--" + field.name.replace("_", "-") in done.stdout
+
+
+def test_command_line_toy_games_are_ones_of_gymnasium():
+    for name in ("Side", "Clock", "TruncatedClock"):
+        gym.make(f"toy_games:{name}-v0")

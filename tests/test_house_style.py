@@ -1,0 +1,188 @@
+"""What all scripts have in common: the form, equal copies, and a README that says what they say."""
+
+import ast
+import importlib
+import re
+import shlex
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(ROOT.glob("*.py"))
+ROLES = {"Args", "main", "evaluate", "update", "worker", "make_env", "actor", "learner"}
+README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "results" / "README.md").read_text()
+
+each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def arguments(path: Path) -> ast.ClassDef:
+    (found,) = (n for n in parse(path).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    return found
+
+
+def experiments(path: Path) -> list[tuple[str, str]]:
+    """The (command, result) pairs of a script's header."""
+    header = ast.get_docstring(parse(path))
+    pairs = re.findall(
+        r"^    Run +(.+)\n((?: {6,}.+\n)*)    Result +(.+(?:\n {6,}.+)*)", header, re.M
+    )
+    return [(one_line(run + " " + more), one_line(result)) for run, more, result in pairs]
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.replace("\\", " ").split())
+
+
+def table(text: str) -> list[dict[str, str]]:
+    """The rows of the first table of a markdown text, by column title."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    titles, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(titles, row, strict=True)) for row in rows]
+
+
+def commands(text: str) -> list[str]:
+    """Every call of one of our scripts in a markdown text."""
+    joined = text.replace("\\\n", " ")
+    return [one_line(c) for c in re.findall(r"python ((?:\w+)\.py[^`\n|#]*)", joined)]
+
+
+@each_script
+def test_header(path):
+    header = ast.get_docstring(parse(path))
+    for item in (
+        "    Paper    ",
+        "    Shows    ",
+        "    Run      ",
+        "    Result   ",
+        "Departures: ",
+    ):
+        assert f"\n{item}" in header, f"{path.name}: no {item.strip()} in the header"
+    assert header.splitlines()[1] == "" and experiments(path)
+    assert (ROOT / "tests" / f"test_{path.name}").exists()
+
+
+@each_script
+def test_nothing_runs_at_import_and_no_script_needs_another(path):
+    *body, guard = parse(path).body
+    assert ast.unparse(guard) == (
+        "if __name__ == '__main__':\n    print(main(tyro.cli(Args, description=__doc__)))"
+    )
+    for node in body[1:]:
+        kinds = (ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef)
+        assert isinstance(node, kinds), f"{path.name}:{node.lineno} runs at import"
+        if isinstance(node, ast.Assign):
+            calls = [n for n in ast.walk(node.value) if isinstance(n, ast.Call)]
+            assert not calls, f"{path.name}:{node.lineno} computes at import"
+    for node in ast.walk(ast.Module(body, [])):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or "."]
+        else:
+            continue
+        assert not {module.split(".")[0] for module in modules} & {p.stem for p in SCRIPTS}
+
+
+@each_script
+def test_every_flag_has_one_line_with_help(path):
+    lines = path.read_text().splitlines()
+    groups = []
+    node = arguments(path)
+    for number in range(node.lineno, node.end_lineno):
+        line = lines[number].strip()
+        if line.startswith("# "):
+            groups.append(line)
+        elif line:
+            assert re.fullmatch(r"\w+: .+ = .+  # \S.+", line), f"{path.name}:{number + 1}: {line}"
+    assert groups == ["# The method", "# Optimisation", "# The run"]
+
+
+@each_script
+def test_sections_stand_in_their_order(path):
+    titles = re.findall(r"^# ---- (.+?) -+$", path.read_text(), re.M)
+    assert titles[0] == "The method" and titles[-1] == "Evaluation and training"
+    assert set(titles[1:-1]) <= {"The data", "The game", "The games"}
+    for line in re.findall(r"^# ----.*$", path.read_text(), re.M):
+        assert len(line) == 99
+
+
+@each_script
+def test_names(path):
+    tree = parse(path)
+    classes = {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+    assert not classes & {"Model", "Net", "Agent", "Trainer", "Network"}
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    assert not names & {"done", "dones", "args_dict", "model"}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            annotated = [
+                a.annotation for a in node.args.args if a.arg not in ("writer", "T", "log")
+            ]
+            assert all(annotated), f"{path.name}:{node.lineno}: {node.name} is not annotated"
+            private = node.name.startswith("_")
+            assert not private, f"{path.name}:{node.lineno}: every function can be read and tested"
+
+
+def test_equal_names_have_equal_text():
+    texts = defaultdict(lambda: defaultdict(list))
+    for path in SCRIPTS:
+        source = path.read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in ROLES:
+                texts[node.name][ast.get_source_segment(source, node)].append(path.name)
+    differing = {name: list(t.values()) for name, t in texts.items() if len(t) > 1}
+    assert not differing
+
+
+def test_the_same_flag_has_the_same_help():
+    common = {"seed", "run_dir", "resume", "evaluate", "eval_episodes", "num_workers", "data_dir"}
+    texts = defaultdict(lambda: defaultdict(list))
+    for path in SCRIPTS:
+        lines = path.read_text().splitlines()
+        for node in arguments(path).body:
+            if isinstance(node, ast.AnnAssign) and node.target.id in common - {"run_dir", "seed"}:
+                line = re.sub(r"= .*?  #", "#", lines[node.lineno - 1])
+                texts[node.target.id][line].append(path.name)
+    differing = {name: dict(t) for name, t in texts.items() if len(t) > 1}
+    assert not differing
+
+
+@pytest.mark.parametrize("command", sorted(set(commands(README) + commands(RESULTS))))
+def test_commands_of_the_documents_parse(command):
+    script, *flags = shlex.split(command)
+    module = importlib.import_module(Path(script).stem)
+    assert tyro.cli(module.Args, args=flags)
+
+
+@each_script
+def test_commands_of_the_headers_parse(path):
+    for command, _ in experiments(path):
+        python, script, *flags = shlex.split(command)
+        assert (python, script) == ("python", path.name)
+        assert tyro.cli(importlib.import_module(path.stem).Args, args=flags)
+
+
+def test_the_readmes_numbers_are_those_of_the_scripts():
+    """Each measured experiment of a header is a row of the README and of results/, and no other."""
+    measured = {
+        command: result
+        for path in SCRIPTS
+        for command, result in experiments(path)
+        if result != "not yet measured"
+    }
+    for text in (README, RESULTS):
+        rows = {}
+        for row in table(text):
+            command = row.get("command") or row["command, time, hardware"]
+            rows[re.search(r"`(python .+?)`", command)[1]] = row["ours"]
+        assert rows.keys() == measured.keys()
+        for command, ours in rows.items():
+            assert measured[command].startswith(ours), f"{command}: {ours} is not its result"

@@ -1,0 +1,80 @@
+"""Small pixel games for the tests; "toy_games:Side-v0" makes gymnasium import this file."""
+
+import gymnasium as gym
+import numpy as np
+
+
+class Side(gym.Env):
+    """A bright block left or right; the action that names its side earns 1; ten steps a game."""
+
+    observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+    def screen(self) -> np.ndarray:
+        self.side = int(self.np_random.integers(2))
+        screen = np.zeros((84, 84), np.uint8)
+        screen[20:64, 42 * self.side : 42 * self.side + 42] = 255
+        return screen
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.screen(), {}
+
+    def step(self, action):
+        self.t += 1
+        reward = float(action == self.side)
+        return self.screen(), reward, self.t == 10, False, {}
+
+
+class Clock(gym.Env):
+    """Screen t shows t everywhere; step t earns t. It ends after `length` steps, in either way."""
+
+    observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, length: int = 7, truncates: bool = False):
+        self.length, self.truncates = length, truncates
+
+    def screen(self) -> np.ndarray:
+        return np.full((84, 84), self.t, np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.screen(), {}
+
+    def step(self, action):
+        self.t += 1
+        over = self.t == self.length
+        return (
+            self.screen(),
+            float(self.t),
+            over and not self.truncates,
+            over and self.truncates,
+            {},
+        )
+
+
+class Crashing(Side):
+    """Like Side until its third step, which divides by zero."""
+
+    def step(self, action):
+        return super().step(action / (2 - self.t))
+
+
+class Colour(Side):
+    """Its screens have a shape that no script takes."""
+
+    observation_space = gym.spaces.Box(0, 255, (84, 84, 3), np.uint8)
+
+
+class Analogue(Side):
+    """Its actions are no finite set."""
+
+    action_space = gym.spaces.Box(-1, 1, (2,))
+
+
+for game in (Side, Clock, Crashing, Colour, Analogue):
+    gym.register(f"{game.__name__}-v0", f"toy_games:{game.__name__}")
+gym.register("TruncatedClock-v0", "toy_games:Clock", kwargs={"truncates": True})
