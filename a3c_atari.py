@@ -140,13 +140,17 @@ def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def n_step_returns(
-    r_t: Tensor, terminated: Tensor, truncated: Tensor, v_t: Tensor, discount: float
+    r_t: Tensor, terminated: Tensor, cut: Tensor, v_t: Tensor, discount: float
 ) -> Tensor:
-    """R [N, K], backwards from 0 where the episode terminated, else from V(s_t) (algorithm S2)."""
+    """R [N, K], summed up backwards (algorithms S1 and S2).
+
+    Nothing follows a terminated step; for what follows a cut one, and the last, stands v_t, the
+    value of the state that the step led to. All arguments [N, K].
+    """
     returns = torch.empty_like(r_t)
     R = v_t[-1]
     for i in reversed(range(len(r_t))):
-        R = torch.where(truncated[i], v_t[i], R)
+        R = torch.where(cut[i], v_t[i], R)
         R = r_t[i] + discount * torch.where(terminated[i], 0, R)
         returns[i] = R
     return returns
@@ -278,42 +282,50 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
     return FrameStackObservation(env, 4)
 
 
+def reset_games(envs: Sequence[gym.Env], seeds: Sequence[int | None]) -> Tensor:
+    """The first screens [K, 4, 84, 84] of K games."""
+    return torch.from_numpy(np.stack([env.reset(seed=i)[0] for env, i in zip(envs, seeds)]))
+
+
+def step_games(envs: Sequence[gym.Env], a_tm1: Tensor):
+    """s_t [K, 4, 84, 84], r_t, terminated, truncated [K] and K infos."""
+    outcomes = [env.step(a) for env, a in zip(envs, a_tm1.tolist(), strict=True)]
+    s_t, r_t, terminated, truncated, infos = zip(*outcomes)
+    ends = torch.tensor(terminated), torch.tensor(truncated)
+    return torch.from_numpy(np.stack(s_t)), torch.tensor(r_t, dtype=torch.float32), *ends, infos
+
+
 def play(
-    envs: list[gym.Env], seeds: list[int], net: ActorCritic, t_max: int, on_game: Callable
-) -> Iterator[Segment]:
+    envs: Sequence[gym.Env], seeds: list[int], net: ActorCritic, t_max: int
+) -> Iterator[tuple[Segment, list[dict]]]:
     """Endless segments of K games side by side, each played with the parameters net has by then.
 
-    on_game(score, frames) is called whenever a whole game is over.
+    With each come the scores "r" and frames "l" of the whole games that ended in it.
     """
-    s_tm1 = torch.stack([torch.from_numpy(env.reset(seed=i)[0]) for env, i in zip(envs, seeds)])
-    goes_on = torch.zeros(len(envs), dtype=torch.bool)
-    fresh, lstm_state = ~goes_on, net.initial_lstm_state(len(envs))
+    s_tm1 = reset_games(envs, seeds)
+    fresh, lstm_state = torch.ones(len(envs), dtype=torch.bool), net.initial_lstm_state(len(envs))
     while True:
-        steps, first_lstm_state, last = [], lstm_state, False
+        steps, games, first_lstm_state, last = [], [], lstm_state, False
         while not last:
             with torch.no_grad():
                 logits, _, lstm_state = net(s_tm1[None], lstm_state, fresh[None])
                 a_tm1 = sample(logits[0])  # [K]
-            outcomes = [env.step(a) for env, a in zip(envs, a_tm1.tolist())]
-            screens, rewards, terminated, truncated, infos = zip(*outcomes)
-            s_t = torch.stack([torch.from_numpy(screen) for screen in screens])
-            r_t = torch.tensor(rewards, dtype=torch.float32).clamp(-1, 1)
-            terminated, truncated = torch.tensor(terminated), torch.tensor(truncated)
+            s_t, r_t, terminated, truncated, infos = step_games(envs, a_tm1)
 
             ended = terminated | truncated
             last = len(steps) == t_max - 1 or bool(ended.all())
-            v_t = torch.zeros(len(envs))
+            v_t = torch.zeros_like(r_t)
             if last or truncated.any():
                 with torch.no_grad():  # the LSTM's new state is dropped: it has yet to see s_t
-                    v_t = net(s_t[None], lstm_state, goes_on[None])[1][0]
-            steps.append((s_tm1, a_tm1, r_t, terminated, truncated, v_t, fresh))
+                    v_t = net(s_t[None], lstm_state, torch.zeros_like(ended)[None])[1][0]
+            steps.append((s_tm1, a_tm1, r_t.clamp(-1, 1), terminated, truncated, v_t, fresh))
 
             s_tm1, fresh = s_t, ended
             for k in ended.nonzero().flatten().tolist():
-                s_tm1[k] = torch.from_numpy(envs[k].reset()[0])
+                s_tm1[k] = reset_games([envs[k]], [None])[0]
                 if "episode" in infos[k]:
-                    on_game(infos[k]["episode"]["r"], infos[k]["episode"]["l"])
-        yield Segment(*map(torch.stack, zip(*steps)), first_lstm_state)
+                    games.append(infos[k]["episode"])
+        yield Segment(*map(torch.stack, zip(*steps)), first_lstm_state), games
 
 
 # ---- Evaluation and training --------------------------------------------------------------------
@@ -335,7 +347,7 @@ def evaluate(
     seeds = independent_seeds(args.eval_episodes + 1, args.seed)
     generator = torch.Generator().manual_seed(seeds.pop())
     envs = [make_env(args.env_id, training=False) for _ in seeds]
-    s = torch.stack([torch.from_numpy(env.reset(seed=i)[0]) for env, i in zip(envs, seeds)])
+    s = reset_games(envs, seeds)
     fresh, lstm_state = torch.ones(len(envs), dtype=torch.bool), net.initial_lstm_state(len(envs))
     playing, games, pictures = list(range(len(envs))), [], []
     with tqdm(total=len(envs), unit="game", leave=False, disable=None) as bar:
@@ -386,25 +398,25 @@ def worker(rank: int, args: Args, shared: ActorCritic, optimizer: SharedRMSProp,
     torch.manual_seed(seeds.pop())
     np.random.seed(seeds.pop())
 
-    def on_game(score: float, frames: int) -> None:
-        log.put(("charts/episodic_return", float(score), T.value))
-        log.put(("charts/episodic_length", float(frames), T.value))
-
     envs = [make_env(args.env_id) for _ in seeds]
     net = ActorCritic(envs[0].action_space.n, args.network, args.lstm)  # theta'
-    segments = play(envs, seeds, net, args.t_max, on_game)
+    segments = play(envs, seeds, net, args.t_max)
     for updates in itertools.count(1):
         if T.value >= args.total_timesteps:
             return
         copy_parameters(shared, net)
-        segment = next(segments)
+        segment, games = next(segments)
         with T.get_lock():
-            T.value += segment.r_t.numel()
-        learning_rate = args.learning_rate * max(0.0, 1 - T.value / args.total_timesteps)
+            now = T.value = T.value + segment.r_t.numel()
+        learning_rate = args.learning_rate * max(0.0, 1 - now / args.total_timesteps)
         watched = update(net, optimizer, segment, learning_rate, args)
+
+        for game in games:
+            log.put(("charts/episodic_return", float(game["r"]), now))
+            log.put(("charts/episodic_length", float(game["l"]), now))
         if updates % 100 == 0 or not math.isfinite(watched["losses/gradient_norm"]):
             for tag, value in watched.items():
-                log.put((tag, value, T.value))
+                log.put((tag, value, now))
 
 
 def report(writer, step: int, metrics: dict[str, float]) -> None:
@@ -456,15 +468,67 @@ def drain(log, recent: dict[str, list[float]]) -> None:
 
 
 def check(args: Args) -> None:
-    """Refuse values that no run can have."""
-    for name in ("num_workers", "envs_per_worker", "t_max", "report_every", "eval_episodes"):
-        if getattr(args, name) < 1:
+    """Refuse numbers that no run can have and flags that exclude each other."""
+    for name, value in asdict(args).items():
+        least = 0 if isinstance(value, float) or name in ("seed", "eval_every") else 1
+        if type(value) in (int, float) and not value >= least:
             flag = "--" + name.replace("_", "-")
-            raise SystemExit(f"{flag} must be at least 1, not {getattr(args, name)}.")
+            raise SystemExit(f"{flag} must be at least {least}, not {value}.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def supervise(
+    workers, args: Args, T, log, writer, seconds: float, save: Callable, test: Callable
+) -> dict[str, float]:
+    """Report, save and test while the workers work on; the last report is returned.
+
+    save(T=..., seconds=...) writes a checkpoint, test(step) gives the metrics of an evaluation.
+    seconds were spent before. A worker that dies ends the others and the run with its traceback.
+    """
+    bar = tqdm(total=args.total_timesteps, initial=T.value, unit="step", disable=None)
+    last_step, last_time, last_test = T.value, time.perf_counter(), T.value
+    recent, finished = defaultdict(list), False
+    try:
+        while not finished:
+            finished = workers.join(timeout=1)
+            drain(log, recent)
+            step, now = T.value, time.perf_counter()
+            bar.update(step - bar.n)
+            if not finished and step < last_step + args.report_every:
+                continue
+
+            seconds += now - last_time
+            metrics = {tag: float(np.mean(values)) for tag, values in sorted(recent.items())}
+            metrics["charts/SPS"] = (step - last_step) / (now - last_time)
+            metrics["charts/minutes"] = seconds / 60
+            recent, last_step, last_time = defaultdict(list), step, now
+            save(T=step, seconds=seconds)
+            if finished or (args.eval_every and step >= last_test + args.eval_every):
+                metrics |= test(step)
+                last_test = step
+            report(writer, step, metrics)
+    except KeyboardInterrupt:
+        save(T=T.value, seconds=seconds + time.perf_counter() - last_time)
+        raise SystemExit(f"Stopped; go on with --resume {writer.log_dir}/checkpoint.pt") from None
+    finally:
+        for process in workers.processes:
+            process.terminate()
+            process.join()
+        bar.close()
+        writer.close()
+    return metrics
+
+
+def start_workers(work: Callable, arguments: tuple, count: int):
+    """Spawn work(rank, *arguments) count times. Ctrl-C reaches them once they listen to it."""
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    workers = mp.spawn(work, arguments, nprocs=count, join=False)
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return workers
 
 
 def main(args: Args) -> dict[str, float]:
@@ -496,44 +560,14 @@ def main(args: Args) -> dict[str, float]:
 
     spawn = mp.get_context("spawn")
     T, log = spawn.Value("q", first_step), spawn.Queue()
-    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until they listen to it themselves
-    workers = mp.spawn(worker, (args, net, optimizer, T, log), args.num_workers, join=False)
-    signal.signal(signal.SIGINT, on_ctrl_c)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    roles = args, net, optimizer, T, log
+    workers = start_workers(worker, roles, args.num_workers)
 
-    bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", disable=None)
-    recent, finished = defaultdict(list), False
-    last_step, last_time, last_evaluation = first_step, time.perf_counter(), first_step
-    try:
-        while not finished:
-            finished = workers.join(timeout=1)  # a worker's exception is raised here
-            drain(log, recent)
-            step, now = T.value, time.perf_counter()
-            bar.update(step - bar.n)
-            if not finished and step < last_step + args.report_every:
-                continue
+    def test(step: int) -> dict[str, float]:
+        film = run_dir / f"game_{step}.gif" if args.capture_video else None
+        return evaluate(copy.deepcopy(net), args, film, watch=partial(workers.join, 0))
 
-            seconds += now - last_time
-            metrics = {tag: float(np.mean(values)) for tag, values in sorted(recent.items())}
-            metrics["charts/SPS"] = (step - last_step) / (now - last_time)
-            metrics["charts/minutes"] = seconds / 60
-            recent, last_step, last_time = defaultdict(list), step, now
-            save(T=step, seconds=seconds)
-            if finished or (args.eval_every and step >= last_evaluation + args.eval_every):
-                film = run_dir / f"game_{step}.gif" if args.capture_video else None
-                metrics |= evaluate(copy.deepcopy(net), args, film, partial(workers.join, 0))
-                last_evaluation = step
-            report(writer, step, metrics)
-    except KeyboardInterrupt:
-        save(T=T.value, seconds=seconds + time.perf_counter() - last_time)
-        raise SystemExit(f"Stopped; go on with --resume {run_dir / 'checkpoint.pt'}") from None
-    finally:
-        for process in workers.processes:
-            process.terminate()
-            process.join()
-        bar.close()
-        writer.close()
-    return metrics
+    return supervise(workers, args, T, log, writer, seconds, save, test)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ def random_segment(N: int = 5, K: int = 3, num_actions: int = 4, seed: int = 0) 
     )
 
 
+def games(*names: str) -> list[gym.Env]:
+    return [a3c_atari.make_env(f"toy_games:{name}") for name in names]
+
+
 def processes_of(run: subprocess.Popen) -> list[int]:
     """The living processes whose parent is run, read from /proc."""
     children = []
@@ -257,11 +261,10 @@ def test_math_lstm_segment_equals_single_steps_and_forgets_between_episodes():
 def test_math_lstm_state_is_carried_over_segments_detached_and_not_advanced_by_the_bootstrap():
     torch.manual_seed(0)
     net = ActorCritic(2, "small", lstm=True)
-    envs = [a3c_atari.make_env("toy_games:Clock-v0"), a3c_atari.make_env("toy_games:Side-v0")]
-    segments = a3c_atari.play(envs, [1, 2], net, 4, lambda score, frames: None)
+    segments = a3c_atari.play(games("Clock-v0", "Side-v0"), [1, 2], net, 4)
     state = net.initial_lstm_state(2)
     for _ in range(6):
-        segment = next(segments)
+        segment, _ = next(segments)
         torch.testing.assert_close(segment.lstm_state, state, rtol=1e-4, atol=1e-5)
         assert not any(x.requires_grad for x in segment.lstm_state)
         with torch.no_grad():
@@ -275,13 +278,11 @@ def test_math_lstm_state_is_carried_over_segments_detached_and_not_advanced_by_t
 def test_math_play_gives_the_paper_its_segments():
     """With one game a segment ends after t_max steps or with its episode."""
     net = ActorCritic(2, "small", lstm=False)
-    games = []
-    env = a3c_atari.make_env("toy_games:Clock-v0")
-    segments = a3c_atari.play([env], [1], net, 5, lambda *game: games.append(game))
+    segments = a3c_atari.play(games("Clock-v0"), [1], net, 5)
     for lengths in (5, 2), (5, 2):
         clock = 0
         for length in lengths:
-            segment = next(segments)
+            segment, games_over = next(segments)
             assert segment.r_t.shape == (length, 1)
             for i in range(length):
                 stack = [max(0, clock - 3 + j) for j in range(4)]
@@ -291,16 +292,13 @@ def test_math_play_gives_the_paper_its_segments():
             assert (segment.r_t == 1).all()  # 1 .. 7, clipped
             assert segment.terminated[:, 0].tolist() == [False] * (length - 1) + [clock == 7]
             assert (segment.v_t[:-1] == 0).all()
-        assert games[-1] == (28, 7)  # unclipped
+        assert [(game["r"], game["l"]) for game in games_over] == [(28, 7)]  # unclipped
 
 
 def test_math_truncation_bootstraps_from_the_last_screen_of_its_own_episode():
     net = ActorCritic(2, "small", lstm=False)
-    envs = [
-        a3c_atari.make_env("toy_games:TruncatedClock-v0"),
-        a3c_atari.make_env("toy_games:Side-v0"),
-    ]
-    segment = next(a3c_atari.play(envs, [1, 2], net, 9, lambda *game: None))
+    envs = games("TruncatedClock-v0", "Side-v0")
+    segment = next(a3c_atari.play(envs, [1, 2], net, 9))[0]
     assert segment.truncated[:, 0].tolist() == [False] * 6 + [True] + [False] * 2
     last = torch.tensor([4, 5, 6, 7], dtype=torch.uint8).view(1, 1, 4, 1, 1).expand(1, 1, 4, 84, 84)
     with torch.no_grad():

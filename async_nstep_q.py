@@ -1,0 +1,601 @@
+"""Asynchronous one-step Q-learning, one-step Sarsa and n-step Q-learning on Atari.
+
+    Paper    Mnih et al., "Asynchronous methods for deep reinforcement learning", ICML 2016
+    Shows    algorithms 1 and S1: parallel players do without a replay memory (figures 1 and 3)
+    Run      python async_nstep_q.py --env-id PongNoFrameskip-v4 --num-workers 2 --envs-per-worker 8
+    Result   not yet measured
+
+Departures: learning rate 7e-4, RMSProp's epsilon 0.1 and gradient norm 40 are the authors' answers
+about A3C (the paper searches the first and is silent on the others). A game draws its final
+exploration rate anew whenever a whole game is over (paper: "periodically"). In training an episode
+ends with a life (paper: not said). Evaluation explores at 0.05 and starts from up to 30 no-ops
+(paper: not said). Atari games have today's action sets (Pong 6 actions, the paper's 3). With
+--envs-per-worker K > 1 (paper: 1) a process plays K games side by side: one forward pass for K
+screens, one summed gradient per segment of all K; a game that ends goes on with its next episode
+inside the segment, whereas with K = 1 the end of the episode is the end of the segment.
+CUDA is not used: that CPU cores suffice is the paper's point.
+
+Symbols: theta shared parameters; theta^- those of the target network; g running average of squared
+gradients; T steps taken by all workers; a_tm1 taken in s_tm1 gives r_t and s_t; y target of Q.
+Shapes: K games of a worker, N <= t_max steps of a segment, A actions. A step is one decision of
+the agent, 4 frames of the emulator.
+"""
+
+import copy
+import csv
+import difflib
+import itertools
+import math
+import os
+import pickle
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+import tyro
+from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, RecordEpisodeStatistics
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # The method
+    algorithm: Literal["nstep-q", "onestep-q", "onestep-sarsa"] = "nstep-q"  # S1, 1, 1 with Sarsa
+    env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
+    network: Literal["small", "large"] = "small"  # convolutions of DQN 2013 or of DQN 2015
+    num_workers: int = os.cpu_count() or 1  # processes that play and learn (paper: 16)
+    envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
+    t_max: int = 5  # steps of a segment, at most; I_AsyncUpdate of the one-step methods
+    discount: float = 0.99  # gamma
+    target_period: int = 10_000  # I_target, steps between two target networks; 40,000 frames
+    epsilon_timesteps: int = 1_000_000  # steps until exploration has fallen from 1; 4 M frames
+    # Optimisation
+    total_timesteps: int = 80_000_000  # of all workers together; 320 M frames, the paper's day
+    learning_rate: float = 7e-4  # at the start; falls linearly to 0
+    rmsprop_decay: float = 0.99  # of the running squared gradient g
+    rmsprop_eps: float = 0.1  # inside the root
+    max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
+    # The run
+    report_every: int = 50_000  # steps between two reports, each with a checkpoint
+    eval_every: int = 0  # steps between two evaluations during training; 0: only at the end
+    eval_episodes: int = 10  # whole games of an evaluation
+    eval_epsilon: float = 0.05  # exploration in evaluation
+    capture_video: bool = False  # write the first game of an evaluation as a GIF
+    seed: int = 1  # of every random number; workers race, so runs still differ
+    run_dir: str = ""  # for logs, films, checkpoint.pt; default runs/GAME__SCRIPT__SEED__TIME
+    resume: str = ""  # a checkpoint.pt to continue from, in its own folder
+    evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
+
+
+# ---- The method ---------------------------------------------------------------------------------
+
+
+class Transitions(NamedTuple):
+    """Up to t_max consecutive steps of K games."""
+
+    s_tm1: Tensor  # [N, K, 4, 84, 84] screens, bytes
+    a_tm1: Tensor  # [N, K] actions
+    r_t: Tensor  # [N, K] clipped rewards
+    terminated: Tensor  # [N, K] the step ended the episode: nothing follows
+    truncated: Tensor  # [N, K] the step ran into the time limit: more would have followed
+    s_t: Tensor  # [N, K, 4, 84, 84] the screens that the step led to
+    a_t: Tensor  # [N, K] the actions executed next (only Sarsa chooses them early enough)
+
+
+class QNetwork(nn.Module):
+    """The action values Q(s, .) [..., A] of screens s [..., 4, 84, 84] in bytes."""
+
+    def __init__(self, num_actions: int, network: Literal["small", "large"]):
+        super().__init__()
+        if network == "small":  # Mnih et al. 2013
+            convolutions = [nn.Conv2d(4, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU()]
+            hidden = [nn.Flatten(), nn.Linear(32 * 9 * 9, 256), nn.ReLU()]
+        else:  # Mnih et al. 2015
+            convolutions = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
+            convolutions += [nn.Conv2d(64, 64, 3, 1), nn.ReLU()]
+            hidden = [nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU()]
+        self.trunk = nn.Sequential(*convolutions, *hidden)
+        self.value = nn.Linear(hidden[1].out_features, num_actions)
+        self.to(memory_format=torch.channels_last)  # convolutions take 25 % less time
+
+    def forward(self, s: Tensor) -> Tensor:
+        x = s.flatten(0, -4).to(torch.float32, memory_format=torch.channels_last).mul_(1 / 255)
+        return self.value(self.trunk(x)).unflatten(0, s.shape[:-3])
+
+
+def n_step_returns(
+    r_t: Tensor, terminated: Tensor, cut: Tensor, v_t: Tensor, discount: float
+) -> Tensor:
+    """R [N, K], summed up backwards (algorithms S1 and S2).
+
+    Nothing follows a terminated step; for what follows a cut one, and the last, stands v_t, the
+    value of the state that the step led to. All arguments [N, K].
+    """
+    returns = torch.empty_like(r_t)
+    R = v_t[-1]
+    for i in reversed(range(len(r_t))):
+        R = torch.where(cut[i], v_t[i], R)
+        R = r_t[i] + discount * torch.where(terminated[i], 0, R)
+        returns[i] = R
+    return returns
+
+
+@torch.no_grad()
+def targets(target_net: QNetwork, segment: Transitions, algorithm: str, discount: float) -> Tensor:
+    """y [N, K], what Q(s_tm1, a_tm1) is to become: all that the three algorithms differ in."""
+    if algorithm == "nstep-q":
+        cut = segment.truncated.clone()
+        cut[-1] = True
+    else:  # a return of one step is one that is cut off after each step
+        cut = torch.ones_like(segment.truncated)
+    q_t = target_net(segment.s_t[cut])  # [M, A] under theta^-, M steps are cut off
+    if algorithm == "onestep-sarsa":
+        v_t = q_t.gather(-1, segment.a_t[cut][:, None]).squeeze(-1)
+    else:
+        v_t = q_t.amax(-1)
+    v_t = torch.zeros_like(segment.r_t).masked_scatter_(cut, v_t)
+    return n_step_returns(segment.r_t, segment.terminated, cut, v_t, discount)
+
+
+def q_loss(q: Tensor, a: Tensor, y: Tensor) -> Tensor:
+    """(y - Q(s, a))^2, summed over the segment; q [N, K, A]. Its gradient is 2 (Q - y)."""
+    return (y - q.gather(-1, a[..., None]).squeeze(-1)).square().sum()
+
+
+FINAL_EPSILONS, PROBABILITIES = (0.1, 0.01, 0.5), (0.4, 0.3, 0.3)
+
+
+def draw_final_epsilons(count: int) -> Tensor:
+    """Final exploration rates [count] (section 5.1)."""
+    drawn = torch.multinomial(torch.tensor(PROBABILITIES), count, replacement=True)
+    return torch.tensor(FINAL_EPSILONS)[drawn]
+
+
+def annealed(final_epsilon: Tensor, T: int, epsilon_timesteps: int) -> Tensor:
+    """The exploration rate on its way from 1 to its final value."""
+    return 1 + (final_epsilon - 1) * min(1.0, T / epsilon_timesteps)
+
+
+@torch.no_grad()
+def epsilon_greedy(
+    q: Tensor, epsilon: Tensor | float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Actions [K] for q [K, A]: with probability epsilon any of the A, else the best."""
+    any_action = torch.randint(q.shape[1], q.shape[:1], generator=generator)
+    explores = torch.rand(len(q), generator=generator) < epsilon
+    return torch.where(explores, any_action, q.argmax(-1))
+
+
+@torch.no_grad()
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """target <- source, two networks of one shape."""
+    for theirs, ours in zip(source.parameters(), target.parameters(), strict=True):
+        ours.copy_(theirs)
+
+
+class SharedRMSProp:
+    """RMSProp whose running average g lives, like theta, in memory all workers share (eq. 1)."""
+
+    def __init__(self, theta: Sequence[Tensor], decay: float, eps: float):
+        self.theta, self.decay, self.eps = theta, decay, eps
+        self.g = [torch.zeros_like(t).share_memory_() for t in theta]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
+        """Without a lock: that workers now and then undo one another's writes does no harm."""
+        for theta, g, d_theta in zip(self.theta, self.g, gradients, strict=True):
+            g.mul_(self.decay).addcmul_(d_theta, d_theta, value=1 - self.decay)
+            theta.addcdiv_(d_theta, (g + self.eps).sqrt_(), value=-learning_rate)  # eps inside
+
+
+def clip_by_norm(gradients: Sequence[Tensor], max_norm: float) -> float:
+    """Scale the gradients in place to a joint norm of at most max_norm; returns what it was."""
+    norm = nn.utils.get_total_norm(gradients).item()
+    if norm > max_norm:
+        for gradient in gradients:
+            gradient.mul_(max_norm / norm)
+    return norm
+
+
+# ---- The game -----------------------------------------------------------------------------------
+
+
+MAX_FRAMES = 108_000  # of a game, 30 minutes of play; then it is truncated
+
+
+class EpisodicLife(gym.Wrapper):
+    """A lost life terminates the episode; the game itself restarts only when it is over."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.lives, self.game_over = 0, True
+
+    def step(self, action):
+        s_t, r_t, terminated, truncated, info = self.env.step(action)
+        self.game_over = terminated or truncated
+        lives = self.unwrapped.ale.lives()
+        life_lost, self.lives = lives < self.lives, lives
+        return s_t, r_t, terminated or life_lost, truncated, info
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if not self.game_over and seed is None:
+            s_t, _, terminated, truncated, info = self.env.step(0)  # a no-op into the next life
+            self.game_over = terminated or truncated
+        if self.game_over or seed is not None:
+            s_t, info = self.env.reset(seed=seed, options=options)
+        self.game_over, self.lives = False, self.unwrapped.ale.lives()
+        return s_t, info
+
+
+def make_env(env_id: str, training: bool = True) -> gym.Env:
+    """A game that shows its last four screens, the newest last, as bytes [4, 84, 84].
+
+    Atari games get the preprocessing of DQN 2015; the screens of any other are only stacked.
+    When a whole game is over, info["episode"] holds its true score "r" and its frames "l".
+    """
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
+    atari = {"obs_type": "grayscale", "frameskip": 1, "max_num_frames_per_episode": MAX_FRAMES}
+    try:
+        is_atari = ":" not in env_id and "ale_py" in str(gym.spec(env_id).entry_point)
+        if is_atari:
+            env = gym.make(env_id, render_mode=None if training else "rgb_array", **atari)
+        else:
+            env = gym.make(env_id)
+    except (gym.error.Error, ImportError) as error:
+        nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
+        raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
+
+    env = RecordEpisodeStatistics(env)
+    if is_atari:
+        env = AtariPreprocessing(env, noop_max=30, frame_skip=4)
+        env = EpisodicLife(env) if training else env
+    screen, actions = env.observation_space, env.action_space
+    fits = screen.shape == (84, 84) and screen.dtype == np.uint8
+    if not fits or not isinstance(actions, gym.spaces.Discrete):
+        raise SystemExit(
+            f"{env_id} shows {screen} and takes {actions}; this script needs "
+            "uint8 screens of shape (84, 84) and Discrete actions."
+        )
+    return FrameStackObservation(env, 4)
+
+
+def reset_games(envs: Sequence[gym.Env], seeds: Sequence[int | None]) -> Tensor:
+    """The first screens [K, 4, 84, 84] of K games."""
+    return torch.from_numpy(np.stack([env.reset(seed=i)[0] for env, i in zip(envs, seeds)]))
+
+
+def step_games(envs: Sequence[gym.Env], a_tm1: Tensor):
+    """s_t [K, 4, 84, 84], r_t, terminated, truncated [K] and K infos."""
+    outcomes = [env.step(a) for env, a in zip(envs, a_tm1.tolist(), strict=True)]
+    s_t, r_t, terminated, truncated, infos = zip(*outcomes)
+    ends = torch.tensor(terminated), torch.tensor(truncated)
+    return torch.from_numpy(np.stack(s_t)), torch.tensor(r_t, dtype=torch.float32), *ends, infos
+
+
+def explore(
+    envs: Sequence[gym.Env], seeds: list[int], choose: Callable, t_max: int, sarsa: bool
+) -> Iterator[tuple[Transitions, list[dict]]]:
+    """Endless segments of K games side by side; choose(s) gives the actions [K].
+
+    With each come the whole games that ended in it: their k, score "r" and frames "l".
+    """
+    s_tm1 = reset_games(envs, seeds)
+    a_t = choose(s_tm1)
+    while True:
+        steps, games, last = [], [], False
+        while not last:
+            a_tm1 = a_t if sarsa else choose(s_tm1)
+            s_t, r_t, terminated, truncated, infos = step_games(envs, a_tm1)
+            if sarsa:
+                a_t = choose(s_t)  # and will be executed, whatever the next update does
+            steps.append((s_tm1, a_tm1, r_t.clamp(-1, 1), terminated, truncated, s_t, a_t))
+
+            ended = terminated | truncated
+            last = len(steps) == t_max or bool(ended.all())
+            s_tm1 = s_t.clone() if ended.any() else s_t
+            for k in ended.nonzero().flatten().tolist():
+                s_tm1[k] = reset_games([envs[k]], [None])[0]
+                if "episode" in infos[k]:
+                    games.append({"k": k} | infos[k]["episode"])
+            if sarsa and ended.any():
+                a_t = torch.where(ended, choose(s_tm1), a_t)
+        yield Transitions(*map(torch.stack, zip(*steps))), games
+
+
+# ---- Evaluation and training --------------------------------------------------------------------
+
+
+def independent_seeds(count: int, *entropy: int) -> list[int]:
+    """Seeds that differ from each other and from those of any other entropy."""
+    return np.random.SeedSequence(entropy).generate_state(count).tolist()
+
+
+@torch.no_grad()
+def evaluate(
+    net: QNetwork, args: Args, film: Path | None = None, watch: Callable = lambda: None
+) -> dict[str, float]:
+    """True scores of whole games, begun with up to 30 no-ops and played epsilon-greedily.
+
+    film: where to write the first game as a GIF. watch() is called at every step.
+    """
+    seeds = independent_seeds(args.eval_episodes + 1, args.seed)
+    generator = torch.Generator().manual_seed(seeds.pop())
+    envs = [make_env(args.env_id, training=False) for _ in seeds]
+    s = reset_games(envs, seeds)
+    playing, games, pictures = list(range(len(envs))), [], []
+    with tqdm(total=len(envs), unit="game", leave=False, disable=None) as bar:
+        while playing:
+            watch()
+            a = epsilon_greedy(net(s), args.eval_epsilon, generator).tolist()
+            for k in playing.copy():
+                screens, _, terminated, truncated, info = envs[k].step(a[k])
+                s[k] = torch.from_numpy(screens)
+                if terminated or truncated:
+                    games.append(info["episode"])
+                    playing.remove(k)
+                    bar.update()
+                if film and k == 0 and len(pictures) < 1800:  # two minutes
+                    picture = envs[0].render() if envs[0].render_mode else screens[-1]
+                    pictures.append(Image.fromarray(picture))
+    if film:
+        pictures[0].save(film, save_all=True, append_images=pictures[1:], duration=67, loop=0)
+    return {
+        "eval/episodic_return": float(np.mean([game["r"] for game in games])),
+        "eval/episodic_return_std": float(np.std([game["r"] for game in games])),
+        "eval/episodic_length": float(np.mean([game["l"] for game in games])),  # frames
+    }
+
+
+def update(
+    net: QNetwork,
+    target_net: QNetwork,
+    optimizer: SharedRMSProp,
+    segment: Transitions,
+    learning_rate: float,
+    args: Args,
+) -> dict[str, float]:
+    """Move the shared parameters by the gradient that net has on a segment.
+
+    A gradient that is not finite moves nothing; the norm returned tells.
+    """
+    q = net(segment.s_tm1)
+    loss = q_loss(q, segment.a_tm1, targets(target_net, segment, args.algorithm, args.discount))
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+    norm = clip_by_norm(gradients, args.max_gradient_norm)
+    if math.isfinite(norm):
+        optimizer.step(gradients, learning_rate)
+    return {
+        "losses/td_loss": loss.item() / segment.r_t.numel(),
+        "losses/q_values": q.mean().item(),
+        "losses/gradient_norm": norm,
+        "charts/learning_rate": learning_rate,
+    }
+
+
+def worker(
+    rank: int,
+    args: Args,
+    shared: QNetwork,
+    target_net: QNetwork,
+    optimizer: SharedRMSProp,
+    final_epsilons: Tensor,
+    T,
+    log,
+) -> None:
+    """One actor-learner (algorithms 1 and S1); it reports by putting (tag, value, step) on log."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    seeds = independent_seeds(2 + args.envs_per_worker, args.seed, rank + 1, T.value)
+    torch.manual_seed(seeds.pop())
+    np.random.seed(seeds.pop())
+
+    envs = [make_env(args.env_id) for _ in seeds]
+    net = shared  # of algorithm 1, whatever the other workers do to it meanwhile
+    if args.algorithm == "nstep-q":
+        net = QNetwork(envs[0].action_space.n, args.network)  # theta'
+
+    def choose(s: Tensor) -> Tensor:
+        epsilon = annealed(final_epsilons[rank], T.value, args.epsilon_timesteps)
+        with torch.no_grad():
+            return epsilon_greedy(net(s), epsilon)
+
+    segments = explore(envs, seeds, choose, args.t_max, args.algorithm == "onestep-sarsa")
+    for updates in itertools.count(1):
+        if T.value >= args.total_timesteps:
+            return
+        if net is not shared:
+            copy_parameters(shared, net)
+        segment, games = next(segments)
+        with T.get_lock():
+            before, now = T.value, T.value + segment.r_t.numel()
+            T.value = now
+        if before // args.target_period < now // args.target_period:  # true for one worker
+            copy_parameters(shared, target_net)
+        learning_rate = args.learning_rate * max(0.0, 1 - now / args.total_timesteps)
+        watched = update(net, target_net, optimizer, segment, learning_rate, args)
+
+        for game in games:
+            log.put(("charts/episodic_return", float(game["r"]), now))
+            log.put(("charts/episodic_length", float(game["l"]), now))
+            final_epsilons[rank, game["k"]] = draw_final_epsilons(1)[0]
+            log.put((f"charts/final_epsilon_{rank}", final_epsilons[rank].mean().item(), now))
+        if updates % 100 == 0 or not math.isfinite(watched["losses/gradient_norm"]):
+            for tag, value in watched.items():
+                log.put((tag, value, now))
+
+
+def report(writer, step: int, metrics: dict[str, float]) -> None:
+    """The same numbers to the terminal, to tensorboard and to metrics.csv."""
+    tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+    with open(Path(writer.log_dir, "metrics.csv"), "a", newline="") as file:
+        csv.writer(file).writerows([step, name, value] for name, value in metrics.items())
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def load_checkpoint(path: Path, args: Args, *shaping: str) -> dict:
+    """What save_checkpoint wrote, if its run had args' values of the flags that shape the net."""
+    try:
+        checkpoint = torch.load(path)
+        made_with = checkpoint["args"]
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        TypeError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise SystemExit(f"{path} is not a checkpoint, or a damaged one ({error}).") from None
+    for name in shaping:
+        flag, theirs, ours = "--" + name.replace("_", "-"), made_with.get(name), getattr(args, name)
+        if theirs != ours:
+            raise SystemExit(f"{path} was made with {flag} {theirs}, not {flag} {ours}.")
+    return checkpoint
+
+
+def drain(log, recent: dict[str, list[float]]) -> None:
+    """Sort by tag what the workers have put on log since the last time."""
+    while not log.empty():
+        tag, value, step = log.get()
+        if not math.isfinite(value):
+            raise SystemExit(
+                f"{tag} is {value} at step {step}. The run stops; its last checkpoint is from "
+                "before. Try a smaller --learning-rate."
+            )
+        recent[tag].append(value)
+
+
+def check(args: Args) -> None:
+    """Refuse numbers that no run can have and flags that exclude each other."""
+    for name, value in asdict(args).items():
+        least = 0 if isinstance(value, float) or name in ("seed", "eval_every") else 1
+        if type(value) in (int, float) and not value >= least:
+            flag = "--" + name.replace("_", "-")
+            raise SystemExit(f"{flag} must be at least {least}, not {value}.")
+    if args.resume and args.evaluate:
+        raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
+    if args.resume and args.run_dir:
+        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def supervise(
+    workers, args: Args, T, log, writer, seconds: float, save: Callable, test: Callable
+) -> dict[str, float]:
+    """Report, save and test while the workers work on; the last report is returned.
+
+    save(T=..., seconds=...) writes a checkpoint, test(step) gives the metrics of an evaluation.
+    seconds were spent before. A worker that dies ends the others and the run with its traceback.
+    """
+    bar = tqdm(total=args.total_timesteps, initial=T.value, unit="step", disable=None)
+    last_step, last_time, last_test = T.value, time.perf_counter(), T.value
+    recent, finished = defaultdict(list), False
+    try:
+        while not finished:
+            finished = workers.join(timeout=1)
+            drain(log, recent)
+            step, now = T.value, time.perf_counter()
+            bar.update(step - bar.n)
+            if not finished and step < last_step + args.report_every:
+                continue
+
+            seconds += now - last_time
+            metrics = {tag: float(np.mean(values)) for tag, values in sorted(recent.items())}
+            metrics["charts/SPS"] = (step - last_step) / (now - last_time)
+            metrics["charts/minutes"] = seconds / 60
+            recent, last_step, last_time = defaultdict(list), step, now
+            save(T=step, seconds=seconds)
+            if finished or (args.eval_every and step >= last_test + args.eval_every):
+                metrics |= test(step)
+                last_test = step
+            report(writer, step, metrics)
+    except KeyboardInterrupt:
+        save(T=T.value, seconds=seconds + time.perf_counter() - last_time)
+        raise SystemExit(f"Stopped; go on with --resume {writer.log_dir}/checkpoint.pt") from None
+    finally:
+        for process in workers.processes:
+            process.terminate()
+            process.join()
+        bar.close()
+        writer.close()
+    return metrics
+
+
+def start_workers(work: Callable, arguments: tuple, count: int):
+    """Spawn work(rank, *arguments) count times. Ctrl-C reaches them once they listen to it."""
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    workers = mp.spawn(work, arguments, nprocs=count, join=False)
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return workers
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    torch.set_num_threads(1)  # the cores are the workers'
+    torch.manual_seed(args.seed)
+    num_actions = make_env(args.env_id).action_space.n
+    net = QNetwork(num_actions, args.network).share_memory()
+    target_net = QNetwork(num_actions, args.network).share_memory()
+    copy_parameters(net, target_net)
+    optimizer = SharedRMSProp(list(net.parameters()), args.rmsprop_decay, args.rmsprop_eps)
+    final_epsilons = draw_final_epsilons(args.num_workers * args.envs_per_worker)
+    final_epsilons = final_epsilons.view(args.num_workers, -1).share_memory_()
+    first_step, seconds = 0, 0.0
+    if args.evaluate or args.resume:
+        path = Path(args.evaluate or args.resume)
+        shaping = ("env_id", "network") if args.evaluate else ("env_id", "network", "algorithm")
+        checkpoint = load_checkpoint(path, args, *shaping)
+        net.load_state_dict(checkpoint["net"])
+        if args.evaluate:
+            return evaluate(net, args, path.with_name("game.gif") if args.capture_video else None)
+        target_net.load_state_dict(checkpoint["target_net"])
+        for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
+            g.copy_(saved_g)
+        if final_epsilons.shape == checkpoint["final_epsilons"].shape:
+            final_epsilons.copy_(checkpoint["final_epsilons"])
+        first_step, seconds = checkpoint["T"], checkpoint["seconds"]
+
+    from torch.utils.tensorboard import SummaryWriter  # not above: workers import this file, too
+
+    game = args.env_id.replace("/", "-").replace(":", "-")
+    name = f"{game}__async_nstep_q__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    writer = SummaryWriter(run_dir)
+    writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
+    shared = {"net": net.state_dict(), "target_net": target_net.state_dict(), "g": optimizer.g}
+    shared |= {"final_epsilons": final_epsilons, "args": asdict(args)}
+    save = partial(save_checkpoint, run_dir / "checkpoint.pt", **shared)
+
+    spawn = mp.get_context("spawn")
+    T, log = spawn.Value("q", first_step), spawn.Queue()
+    roles = args, net, target_net, optimizer, final_epsilons, T, log
+    workers = start_workers(worker, roles, args.num_workers)
+
+    def test(step: int) -> dict[str, float]:
+        film = run_dir / f"game_{step}.gif" if args.capture_video else None
+        return evaluate(copy.deepcopy(net), args, film, watch=partial(workers.join, 0))
+
+    return supervise(workers, args, T, log, writer, seconds, save, test)
+
+
+if __name__ == "__main__":
+    print(main(tyro.cli(Args, description=__doc__)))

@@ -1,0 +1,373 @@
+"""async_nstep_q.py against the public bugs of its paper's sheet.
+
+Caught here: Sarsa's target uses an action that is never executed (another sample, or the greedy
+one); a gradient that reaches the target network; a target network that every worker refreshes, or
+each at its own step; one final exploration rate for all workers; a bootstrap after the episode's
+end; a segment shorter than t_max that is scaled up; returns that cross into the next episode.
+"""
+
+import dataclasses
+import math
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import toy_games  # noqa: F401
+
+import async_nstep_q
+from async_nstep_q import Args, QNetwork, SharedRMSProp, Transitions
+
+ROOT = Path(__file__).parent.parent
+ALGORITHMS = ("nstep-q", "onestep-q", "onestep-sarsa")
+TOY = {"env_id": "toy_games:Side-v0", "num_workers": 2, "eval_episodes": 4}
+
+each_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
+
+
+def random_transitions(N: int = 5, K: int = 3, num_actions: int = 4, seed: int = 0) -> Transitions:
+    generator = torch.Generator().manual_seed(seed)
+    screens = torch.randint(0, 256, (2, N, K, 4, 84, 84), generator=generator, dtype=torch.uint8)
+    actions = torch.randint(0, num_actions, (2, N, K), generator=generator)
+    ends = torch.rand(2, N, K, generator=generator) < 0.25
+    return Transitions(
+        s_tm1=screens[0],
+        a_tm1=actions[0],
+        r_t=torch.randn(N, K, generator=generator),
+        terminated=ends[0],
+        truncated=ends[1],
+        s_t=screens[1],
+        a_t=actions[1],
+    )
+
+
+# ---- Equations ----------------------------------------------------------------------------------
+
+
+@each_algorithm
+@pytest.mark.parametrize("N", [1, 2, 5])
+def test_math_targets_are_those_of_a_double_loop(algorithm, N):
+    torch.manual_seed(0)
+    target_net, segment = QNetwork(4, "small"), random_transitions(N, K=6)
+    y = async_nstep_q.targets(target_net, segment, algorithm, discount=0.9)
+    q_t = target_net(segment.s_t).detach()
+    assert not y.requires_grad
+    for k in range(6):
+        for i in range(N):
+            expected, weight = 0.0, 1.0
+            for j in range(i, N):
+                expected += weight * segment.r_t[j, k].item()
+                weight *= 0.9
+                if segment.terminated[j, k]:
+                    break
+                if algorithm == "onestep-sarsa":
+                    expected += weight * q_t[j, k, segment.a_t[j, k]].item()
+                    break
+                if algorithm == "onestep-q" or segment.truncated[j, k] or j == N - 1:
+                    expected += weight * q_t[j, k].max().item()
+                    break
+            assert y[i, k].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_math_algorithms_differ():
+    target_net, segment = QNetwork(4, "small"), random_transitions()
+    y = [async_nstep_q.targets(target_net, segment, name, discount=0.9) for name in ALGORITHMS]
+    assert not any(torch.allclose(y[i], y[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_gradient_of_the_loss_is_2_q_minus_y_on_the_taken_action():
+    q, y = torch.randn(5, 3, 4, requires_grad=True), torch.randn(5, 3)
+    a = torch.randint(0, 4, (5, 3))
+    async_nstep_q.q_loss(q, a, y).backward()
+    for n in range(5):
+        for k in range(3):
+            for action in range(4):
+                taken = action == a[n, k]
+                expected = 2 * (q[n, k, action] - y[n, k]).item() if taken else 0.0
+                assert q.grad[n, k, action].item() == pytest.approx(expected, abs=1e-6)
+
+
+@each_algorithm
+def test_gradient_moves_only_the_shared_network(algorithm):
+    torch.manual_seed(0)
+    shared, target_net = QNetwork(4, "small"), QNetwork(4, "small")
+    net = QNetwork(4, "small") if algorithm == "nstep-q" else shared
+    async_nstep_q.copy_parameters(shared, net)
+    before = [p.clone() for p in (*shared.parameters(), *target_net.parameters())]
+    optimizer = SharedRMSProp(list(shared.parameters()), decay=1.0, eps=0.1)
+    args = Args(algorithm=algorithm)
+    async_nstep_q.update(net, target_net, optimizer, random_transitions(), 0.01, args)
+    after = [*shared.parameters(), *target_net.parameters()]
+    moved = [not torch.equal(a, b) for a, b in zip(after, before)]
+    assert moved == [True] * 8 + [False] * 8
+    assert all(p.grad is None for p in (*net.parameters(), *target_net.parameters()))
+
+
+def test_math_update_follows_the_gradient_of_the_summed_loss():
+    torch.manual_seed(0)
+    net, target_net, segment = QNetwork(4, "small"), QNetwork(4, "small"), random_transitions()
+    y = async_nstep_q.targets(target_net, segment, "nstep-q", 0.99)
+    q = net(segment.s_tm1)
+    loss = sum((y[n, k] - q[n, k, segment.a_tm1[n, k]]) ** 2 for n in range(5) for k in range(3))
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = SharedRMSProp(list(net.parameters()), decay=1.0, eps=0.25)  # divides by 1/2
+    args = Args(max_gradient_norm=norm / 4)
+    watched = async_nstep_q.update(net, target_net, optimizer, segment, 0.1, args)
+    assert watched["losses/gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    assert watched["losses/td_loss"] == pytest.approx(loss.item() / 15, rel=1e-4)
+    for p, b, g in zip(net.parameters(), before, gradients):
+        torch.testing.assert_close(p.detach(), b - 0.1 * 2 * g / 4, rtol=1e-3, atol=1e-5)
+
+
+def test_math_exploration_falls_linearly_from_1():
+    final = torch.tensor([0.1, 0.01, 0.5])
+    expected = {0: [1, 1, 1], 500: [0.55, 0.505, 0.75], 1000: final, 9999: final}
+    for T, epsilon in expected.items():
+        epsilon = torch.as_tensor(epsilon, dtype=torch.float32)
+        torch.testing.assert_close(async_nstep_q.annealed(final, T, 1000), epsilon)
+
+
+def test_math_final_epsilons_have_the_papers_frequencies():
+    torch.manual_seed(0)
+    drawn = async_nstep_q.draw_final_epsilons(30_000)
+    for epsilon, probability in ((0.1, 0.4), (0.01, 0.3), (0.5, 0.3)):
+        frequency = (drawn == epsilon).float().mean().item()
+        assert frequency == pytest.approx(probability, abs=0.012)  # 4 standard errors
+
+
+def test_math_epsilon_greedy_explores_each_game_at_its_own_rate():
+    q = torch.tensor([0.0, 3.0, 1.0, 2.0]).repeat(40_000, 1)
+    epsilon = torch.tensor([0.0, 0.4, 1.0, 0.08]).repeat(10_000)
+    a = async_nstep_q.epsilon_greedy(q, epsilon, torch.Generator().manual_seed(0)).view(-1, 4)
+    for k, rate in enumerate((0.0, 0.4, 1.0, 0.08)):
+        frequencies = a[:, k].bincount(minlength=4) / 10_000
+        expected = torch.full((4,), rate / 4)
+        expected[1] += 1 - rate
+        torch.testing.assert_close(frequencies, expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("network", "num_actions", "count"),
+    [("small", 6, 676_144 + 257 * 6), ("large", 18, 1_684_128 + 513 * 18)],
+)
+def test_math_parameter_counts(network, num_actions, count):
+    assert sum(p.numel() for p in QNetwork(num_actions, network).parameters()) == count
+
+
+# ---- Play ---------------------------------------------------------------------------------------
+
+
+def games(*names: str) -> list:
+    return [async_nstep_q.make_env(f"toy_games:{name}") for name in names]
+
+
+@pytest.mark.parametrize("sarsa", [False, True])
+def test_math_segments_of_one_game_are_the_papers(sarsa):
+    segments = async_nstep_q.explore(
+        games("Clock-v0"), [1], lambda s: torch.zeros(1, dtype=torch.long), 5, sarsa
+    )
+    for _ in range(2):
+        clock = 0
+        for length in (5, 2):
+            segment, finished = next(segments)
+            assert segment.r_t.shape == (length, 1) and (segment.r_t == 1).all()  # clipped
+            for i in range(length):
+                stack = [[max(0, clock - 3 + j) for j in range(4)] for clock in (clock, clock + 1)]
+                assert segment.s_tm1[i, 0, :, 0, 0].tolist() == stack[0]
+                assert segment.s_t[i, 0, :, 0, 0].tolist() == stack[1]
+                clock += 1
+            assert segment.terminated[:, 0].tolist() == [False] * (length - 1) + [clock == 7]
+        assert [(game["k"], game["r"], game["l"]) for game in finished] == [(0, 28, 7)]
+
+
+def test_math_successors_of_an_ended_episode_are_its_own_last_screens():
+    envs = games("TruncatedClock-v0", "Side-v0")
+    segment, _ = next(
+        async_nstep_q.explore(envs, [1, 2], lambda s: torch.zeros(2, dtype=torch.long), 9, False)
+    )
+    assert segment.truncated[:, 0].tolist() == [False] * 6 + [True] + [False] * 2
+    assert segment.s_t[6, 0, :, 0, 0].tolist() == [4, 5, 6, 7]
+    assert segment.s_tm1[7, 0].unique().tolist() == [0]
+
+
+def test_math_sarsas_next_action_is_the_one_it_executes():
+    """Every choice is another number: what a_t says must be what the next step does."""
+    choices = iter(range(10**6))
+    executed = [[], []]
+
+    def choose(s):
+        return torch.tensor([next(choices), next(choices)])
+
+    envs = games("Clock-v0", "Side-v0")
+    for env, actions in zip(envs, executed):
+        step = env.step
+        env.step = lambda a, step=step, actions=actions: (actions.append(a), step(a % 2))[1]
+    segments = async_nstep_q.explore(envs, [1, 2], choose, 4, True)
+    played = [next(segments)[0] for _ in range(6)]
+    a_tm1, a_t, terminated = (
+        torch.cat([getattr(segment, name) for segment in played])
+        for name in ("a_tm1", "a_t", "terminated")
+    )
+    assert a_tm1.T.tolist() == executed
+    for n in range(23):
+        for k in range(2):
+            assert terminated[n, k] or a_t[n, k] == a_tm1[n + 1, k]
+    assert terminated.sum() == 3 + 2
+
+
+def test_math_q_learning_chooses_after_the_update():
+    """At a segment's first step it acts on the parameters that the last update left."""
+    calls = []
+    segments = async_nstep_q.explore(
+        games("Clock-v0"),
+        [1],
+        lambda s: (calls.append(1), torch.zeros(1, dtype=torch.long))[1],
+        3,
+        False,
+    )
+    next(segments)
+    before = len(calls)
+    next(segments)
+    assert len(calls) == before + 3
+
+
+# ---- Processes ----------------------------------------------------------------------------------
+
+
+def toy_worker(rank: int, roles: tuple) -> None:
+    """A worker that notes at which steps the target network changes."""
+    args, net, target_net, optimizer, final_epsilons, T, log, changes = roles
+    copy_parameters = async_nstep_q.copy_parameters
+
+    def noting(source, target):
+        copy_parameters(source, target)
+        if target is target_net:
+            changes.put((T.value, rank))
+
+    async_nstep_q.copy_parameters = noting
+    async_nstep_q.worker(rank, args, net, target_net, optimizer, final_epsilons, T, log)
+
+
+@pytest.mark.parametrize("first", [0, 730])
+def test_math_target_network_is_refreshed_once_per_period_by_one_of_the_workers(first):
+    args = Args(**TOY, target_period=200, total_timesteps=2000, algorithm="nstep-q")
+    net, target_net = QNetwork(2, "small").share_memory(), QNetwork(2, "small").share_memory()
+    optimizer = SharedRMSProp(list(net.parameters()), 0.99, 0.1)
+    spawn = mp.get_context("spawn")
+    T, log, changes = spawn.Value("q", first), spawn.Queue(), spawn.SimpleQueue()
+    final_epsilons = torch.full((2, 1), 0.1).share_memory_()
+    roles = (args, net, target_net, optimizer, final_epsilons, T, log, changes)
+    workers = mp.spawn(toy_worker, (roles,), nprocs=2, join=False)
+    steps = []
+    while not workers.join(timeout=0.1):
+        while not log.empty():
+            log.get()
+        while not changes.empty():
+            steps.append(changes.get()[0])
+    while not changes.empty():
+        steps.append(changes.get()[0])
+    due = [step for step in range(200, 2001, 200) if step > first]
+    assert len(steps) == len(due)
+    for step, period in zip(sorted(steps), due):
+        assert period <= step < period + 60  # read a moment after the refresh
+
+
+@each_algorithm
+def test_learns_the_toy_game(algorithm, tmp_path):
+    """With 5 % of random actions the optimum is 9.75 of ten points, five are chance."""
+    args = Args(**TOY, algorithm=algorithm, total_timesteps=16_000, learning_rate=2e-3)
+    args = dataclasses.replace(args, epsilon_timesteps=8000, target_period=500, discount=0.9)
+    args = dataclasses.replace(args, envs_per_worker=4, report_every=4000, run_dir=str(tmp_path))
+    metrics = async_nstep_q.main(dataclasses.replace(args, eval_episodes=20, capture_video=True))
+    assert metrics["eval/episodic_return"] > 9
+    assert multiprocessing.active_children() == []
+    (film,) = tmp_path.glob("game_*.gif")
+    assert film.stat().st_size > 0
+    rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    assert {"charts/final_epsilon_0", "charts/final_epsilon_1"} <= {tag for _, tag, _ in rows}
+
+    checkpoint = str(tmp_path / "checkpoint.pt")
+    evaluating = dataclasses.replace(args, evaluate=checkpoint, run_dir="", eval_episodes=20)
+    evaluated = async_nstep_q.main(evaluating)
+    assert evaluated == {tag: value for tag, value in metrics.items() if tag in evaluated}
+
+
+def test_learns_on_from_where_it_stopped(tmp_path):
+    args = Args(**TOY, total_timesteps=1000, target_period=300, run_dir=str(tmp_path))
+    async_nstep_q.main(args)
+    before = torch.load(tmp_path / "checkpoint.pt")
+    assert 1000 <= before["T"] < 1010
+    different = [not torch.equal(before["net"][n], before["target_net"][n]) for n in before["net"]]
+    assert all(different)  # the target network is that of step 900
+    finished = dataclasses.replace(args, run_dir="", resume=str(tmp_path / "checkpoint.pt"))
+    async_nstep_q.main(finished)  # nothing left to do: all stays as it was loaded
+    after = torch.load(tmp_path / "checkpoint.pt")
+    assert after["T"] == before["T"]
+    assert torch.equal(after["final_epsilons"], before["final_epsilons"])
+    for part in ("net", "target_net"):
+        assert all(torch.equal(after[part][name], before[part][name]) for name in before[part])
+    assert all(torch.equal(a, b) for a, b in zip(after["g"], before["g"]))
+
+
+def test_learns_nothing_from_a_crashing_game_and_says_so(tmp_path):
+    args = dataclasses.replace(Args(**TOY), env_id="toy_games:Crashing-v0", run_dir=str(tmp_path))
+    with pytest.raises(mp.ProcessRaisedException, match="ZeroDivisionError"):
+        async_nstep_q.main(args)
+    assert multiprocessing.active_children() == []
+
+
+# ---- Bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"env_id": "BrekoutNoFrameskip-v4"}, "There is no game.*BreakoutNoFrameskip-v4"),
+        ({"env_id": "toy_games:Analogue-v0"}, "Discrete actions"),
+        ({"t_max": 0}, "--t-max must be at least 1"),
+        ({"target_period": 0}, "--target-period must be at least 1"),
+        ({"epsilon_timesteps": 0}, "--epsilon-timesteps must be at least 1"),
+        ({"resume": "missing.pt"}, "missing.pt is not a checkpoint"),
+        (
+            {"resume": "good.pt", "network": "large"},
+            "made with --network small, not --network large",
+        ),
+        (
+            {"resume": "good.pt", "algorithm": "onestep-q"},
+            "--algorithm nstep-q, not --algorithm onestep-q",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = Args(**TOY)
+    state = {"net": QNetwork(2, "small").state_dict(), "args": dataclasses.asdict(args)}
+    async_nstep_q.save_checkpoint(Path("good.pt"), **state)
+    with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
+        async_nstep_q.main(dataclasses.replace(args, **flags))
+    assert isinstance(stop.value.code, str)
+    assert [path.name for path in tmp_path.iterdir()] == ["good.pt"]
+
+
+@each_algorithm
+def test_command_line(algorithm, tmp_path):
+    command = [sys.executable, str(ROOT / "async_nstep_q.py"), "--algorithm", algorithm]
+    command += ["--total-timesteps", "300", "--num-workers", "2", "--eval-episodes", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "eval/episodic_return" in done.stdout
+    (checkpoint,) = tmp_path.glob("runs/BreakoutNoFrameskip-v4__async_nstep_q__1__*/checkpoint.pt")
+    assert torch.load(checkpoint)["T"] >= 300
+
+
+def test_command_line_help_names_the_paper_and_explains_every_flag():
+    command = [sys.executable, "async_nstep_q.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Asynchronous methods for deep reinforcement" in done.stdout
+    for field in dataclasses.fields(Args):
+        assert "--" + field.name.replace("_", "-") in done.stdout
