@@ -23,10 +23,8 @@ the agent, 4 frames of the emulator.
 import copy
 import csv
 import difflib
-import itertools
 import math
 import os
-import pickle
 import signal
 import time
 from collections import defaultdict
@@ -52,14 +50,14 @@ from tqdm import tqdm
 class Args:
     # The method
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
-    network: Literal["small", "large"] = "small"  # convolutions of DQN 2013 or of DQN 2015
+    network: Literal["small", "large"] = "small"  # the network of DQN 2013 or of DQN 2015
     lstm: bool = False  # 256 LSTM cells after the last hidden layer
     num_workers: int = os.cpu_count() or 1  # processes that play and learn (paper: 16)
     envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
     t_max: int = 5  # steps of a segment, at most
     discount: float = 0.99  # gamma
     entropy_cost: float = 0.01  # beta
-    value_cost: float = 0.5  # factor on the gradient of the value
+    value_cost: float = 0.5  # factor on (R - V)^2 / 2
     # Optimisation
     total_timesteps: int = 80_000_000  # of all workers together; 320 M frames, the paper's day
     learning_rate: float = 7e-4  # at the start; falls linearly to 0
@@ -99,18 +97,18 @@ class ActorCritic(nn.Module):
     def __init__(self, num_actions: int, network: Literal["small", "large"], lstm: bool):
         super().__init__()
         if network == "small":  # Mnih et al. 2013
-            convolutions = [nn.Conv2d(4, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU()]
-            hidden = [nn.Flatten(), nn.Linear(32 * 9 * 9, 256), nn.ReLU()]
+            layers = [nn.Conv2d(4, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU()]
+            layers += [nn.Flatten(), nn.Linear(32 * 9 * 9, 256), nn.ReLU()]
         else:  # Mnih et al. 2015
-            convolutions = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
-            convolutions += [nn.Conv2d(64, 64, 3, 1), nn.ReLU()]
-            hidden = [nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU()]
-        width = hidden[1].out_features
-        self.trunk = nn.Sequential(*convolutions, *hidden)
+            layers = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
+            layers += [nn.Conv2d(64, 64, 3, 1), nn.ReLU()]
+            layers += [nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU()]
+        width = layers[-2].out_features
+        self.trunk = nn.Sequential(*layers)
         self.lstm = nn.LSTMCell(width, 256) if lstm else None
         self.policy = nn.Linear(256 if lstm else width, num_actions)
         self.value = nn.Linear(256 if lstm else width, 1)
-        self.to(memory_format=torch.channels_last)  # convolutions take 25 % less time
+        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     @staticmethod
     def initial_lstm_state(K: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +132,7 @@ class ActorCritic(nn.Module):
 
 
 def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Actions [K] drawn from pi = softmax(logits [K, A]): the first of A exponential clocks."""
+    """Actions [K] from pi = softmax(logits [K, A]), drawn as torch.multinomial does, but faster."""
     pi = logits.softmax(-1)
     return (pi / torch.empty_like(pi).exponential_(generator=generator)).argmax(-1)
 
@@ -142,10 +140,10 @@ def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
 def n_step_returns(
     r_t: Tensor, terminated: Tensor, cut: Tensor, v_t: Tensor, discount: float
 ) -> Tensor:
-    """R [N, K], summed up backwards (algorithms S1 and S2).
+    """R_i = r_i + discount R_(i+1) (algorithms S1 and S2). All are [N, K].
 
-    Nothing follows a terminated step; for what follows a cut one, and the last, stands v_t, the
-    value of the state that the step led to. All arguments [N, K].
+    R is 0 after a terminated step; it is v_t, the value of the state reached, after one that is
+    cut and after the last.
     """
     returns = torch.empty_like(r_t)
     R = v_t[-1]
@@ -174,19 +172,20 @@ def policy_entropy(logits: Tensor) -> Tensor:
 
 
 def a3c_loss(net: ActorCritic, segment: Segment, args: Args) -> tuple[Tensor, dict[str, float]]:
-    """The sum whose gradient algorithm S2 accumulates, and its parts per step to watch it by."""
+    """Algorithm S2's sum over a segment with section 4's entropy; its parts, a step's mean each."""
     logits, v, _ = net(segment.s_tm1, segment.lstm_state, segment.fresh)
     R = n_step_returns(
         segment.r_t, segment.terminated, segment.truncated, segment.v_t, args.discount
     )
-    parts = {
-        "losses/policy_loss": policy_loss(logits, segment.a_tm1, R - v),
-        "losses/value_loss": args.value_cost * value_loss(R - v),
-        "losses/entropy": policy_entropy(logits),
+    pi_loss = policy_loss(logits, segment.a_tm1, R - v)
+    v_loss = value_loss(R - v)
+    entropy = policy_entropy(logits)
+    watched = {
+        "losses/policy_loss": pi_loss.item() / R.numel(),
+        "losses/value_loss": v_loss.item() / R.numel(),
+        "losses/entropy": entropy.item() / R.numel(),
     }
-    pi_loss, v_loss, entropy = parts.values()
-    watched = {tag: part.item() / R.numel() for tag, part in parts.items()}
-    return pi_loss + v_loss - args.entropy_cost * entropy, watched
+    return pi_loss + args.value_cost * v_loss - args.entropy_cost * entropy, watched
 
 
 @torch.no_grad()
@@ -205,7 +204,7 @@ class SharedRMSProp:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
-        """Without a lock: that workers now and then undo one another's writes does no harm."""
+        """Without a lock, as in the paper: now and then one worker undoes what another wrote."""
         for theta, g, d_theta in zip(self.theta, self.g, gradients, strict=True):
             g.mul_(self.decay).addcmul_(d_theta, d_theta, value=1 - self.decay)
             theta.addcdiv_(d_theta, (g + self.eps).sqrt_(), value=-learning_rate)  # eps inside
@@ -227,27 +226,25 @@ MAX_FRAMES = 108_000  # of a game, 30 minutes of play; then it is truncated
 
 
 class EpisodicLife(gym.Wrapper):
-    """A lost life terminates the episode; the game itself restarts only when it is over."""
+    """A lost life terminates the episode; the game goes on, and restarts only when it is over."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.lives, self.game_over = 0, True
 
     def step(self, action):
-        s_t, r_t, terminated, truncated, info = self.env.step(action)
+        self.s_t, r_t, terminated, truncated, info = self.env.step(action)
         self.game_over = terminated or truncated
         lives = self.unwrapped.ale.lives()
         life_lost, self.lives = lives < self.lives, lives
-        return s_t, r_t, terminated or life_lost, truncated, info
+        return self.s_t, r_t, terminated or life_lost, truncated, info
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if not self.game_over and seed is None:
-            s_t, _, terminated, truncated, info = self.env.step(0)  # a no-op into the next life
-            self.game_over = terminated or truncated
+        info = {}
         if self.game_over or seed is not None:
-            s_t, info = self.env.reset(seed=seed, options=options)
-        self.game_over, self.lives = False, self.unwrapped.ale.lives()
-        return s_t, info
+            self.s_t, info = self.env.reset(seed=seed, options=options)
+        self.lives, self.game_over = self.unwrapped.ale.lives(), False
+        return self.s_t, info
 
 
 def make_env(env_id: str, training: bool = True) -> gym.Env:
@@ -264,7 +261,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
             env = gym.make(env_id, render_mode=None if training else "rgb_array", **atari)
         else:
             env = gym.make(env_id)
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, ValueError) as error:
         nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
         raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
 
@@ -274,21 +271,23 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
         env = EpisodicLife(env) if training else env
     screen, actions = env.observation_space, env.action_space
     fits = screen.shape == (84, 84) and screen.dtype == np.uint8
-    if not fits or not isinstance(actions, gym.spaces.Discrete):
+    if not fits or not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
         raise SystemExit(
             f"{env_id} shows {screen} and takes {actions}; this script needs "
-            "uint8 screens of shape (84, 84) and Discrete actions."
+            "uint8 screens of shape (84, 84) and Discrete actions from 0."
         )
     return FrameStackObservation(env, 4)
 
 
-def reset_games(envs: Sequence[gym.Env], seeds: Sequence[int | None]) -> Tensor:
+def reset_games(envs: Sequence[gym.Env], seeds: Sequence[int]) -> Tensor:
     """The first screens [K, 4, 84, 84] of K games."""
     return torch.from_numpy(np.stack([env.reset(seed=i)[0] for env, i in zip(envs, seeds)]))
 
 
-def step_games(envs: Sequence[gym.Env], a_tm1: Tensor):
-    """s_t [K, 4, 84, 84], r_t, terminated, truncated [K] and K infos."""
+def step_games(
+    envs: Sequence[gym.Env], a_tm1: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[dict, ...]]:
+    """s_t [K, 4, 84, 84], r_t, terminated, truncated [K] and the infos of K games."""
     outcomes = [env.step(a) for env, a in zip(envs, a_tm1.tolist(), strict=True)]
     s_t, r_t, terminated, truncated, infos = zip(*outcomes)
     ends = torch.tensor(terminated), torch.tensor(truncated)
@@ -300,7 +299,7 @@ def play(
 ) -> Iterator[tuple[Segment, list[dict]]]:
     """Endless segments of K games side by side, each played with the parameters net has by then.
 
-    With each come the scores "r" and frames "l" of the whole games that ended in it.
+    Each comes with the scores "r" and frames "l" of the whole games that ended in it.
     """
     s_tm1 = reset_games(envs, seeds)
     fresh, lstm_state = torch.ones(len(envs), dtype=torch.bool), net.initial_lstm_state(len(envs))
@@ -320,9 +319,9 @@ def play(
                     v_t = net(s_t[None], lstm_state, torch.zeros_like(ended)[None])[1][0]
             steps.append((s_tm1, a_tm1, r_t.clamp(-1, 1), terminated, truncated, v_t, fresh))
 
-            s_tm1, fresh = s_t, ended
+            s_tm1, fresh = s_t, ended  # s_t has had its value: new episodes may overwrite it
             for k in ended.nonzero().flatten().tolist():
-                s_tm1[k] = reset_games([envs[k]], [None])[0]
+                s_tm1[k] = torch.from_numpy(envs[k].reset()[0])
                 if "episode" in infos[k]:
                     games.append(infos[k]["episode"])
         yield Segment(*map(torch.stack, zip(*steps)), first_lstm_state), games
@@ -331,9 +330,9 @@ def play(
 # ---- Evaluation and training --------------------------------------------------------------------
 
 
-def independent_seeds(count: int, *entropy: int) -> list[int]:
-    """Seeds that differ from each other and from those of any other entropy."""
-    return np.random.SeedSequence(entropy).generate_state(count).tolist()
+def independent_seeds(count: int, *purpose: int) -> list[int]:
+    """Seeds that have nothing to do with each other or with those of another purpose."""
+    return np.random.SeedSequence(purpose).generate_state(count).tolist()
 
 
 @torch.no_grad()
@@ -348,14 +347,14 @@ def evaluate(
     generator = torch.Generator().manual_seed(seeds.pop())
     envs = [make_env(args.env_id, training=False) for _ in seeds]
     s = reset_games(envs, seeds)
-    fresh, lstm_state = torch.ones(len(envs), dtype=torch.bool), net.initial_lstm_state(len(envs))
+    goes_on = torch.zeros(1, len(envs), dtype=torch.bool)
+    lstm_state = net.initial_lstm_state(len(envs))
     playing, games, pictures = list(range(len(envs))), [], []
     with tqdm(total=len(envs), unit="game", leave=False, disable=None) as bar:
         while playing:
             watch()
-            logits, _, lstm_state = net(s[None], lstm_state, fresh[None])
+            logits, _, lstm_state = net(s[None], lstm_state, goes_on)
             a = sample(logits[0], generator).tolist()
-            fresh = torch.zeros_like(fresh)
             for k in playing.copy():
                 screens, _, terminated, truncated, info = envs[k].step(a[k])
                 s[k] = torch.from_numpy(screens)
@@ -390,33 +389,41 @@ def update(
     return watched | {"losses/gradient_norm": norm, "charts/learning_rate": learning_rate}
 
 
-def worker(rank: int, args: Args, shared: ActorCritic, optimizer: SharedRMSProp, T, log) -> None:
+def worker(
+    rank: int,
+    args: Args,
+    first_step: int,
+    shared: ActorCritic,
+    optimizer: SharedRMSProp,
+    T,
+    log,
+) -> None:
     """One actor-learner (algorithm S2); it reports by putting (tag, value, step) on log."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
-    seeds = independent_seeds(2 + args.envs_per_worker, args.seed, rank + 1, T.value)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is a matter for the main process
+    main_process, updates = mp.parent_process(), 0
+    seeds = independent_seeds(2 + args.envs_per_worker, args.seed, rank + 1, first_step)
     torch.manual_seed(seeds.pop())
-    np.random.seed(seeds.pop())
+    np.random.seed(seeds.pop())  # for games that use it
 
     envs = [make_env(args.env_id) for _ in seeds]
     net = ActorCritic(envs[0].action_space.n, args.network, args.lstm)  # theta'
     segments = play(envs, seeds, net, args.t_max)
-    for updates in itertools.count(1):
-        if T.value >= args.total_timesteps:
-            return
+    while T.value < args.total_timesteps and main_process.is_alive():
         copy_parameters(shared, net)
         segment, games = next(segments)
         with T.get_lock():
-            now = T.value = T.value + segment.r_t.numel()
-        learning_rate = args.learning_rate * max(0.0, 1 - now / args.total_timesteps)
+            step = T.value = T.value + segment.r_t.numel()
+        learning_rate = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
         watched = update(net, optimizer, segment, learning_rate, args)
 
         for game in games:
-            log.put(("charts/episodic_return", float(game["r"]), now))
-            log.put(("charts/episodic_length", float(game["l"]), now))
+            log.put(("charts/episodic_return", float(game["r"]), step))
+            log.put(("charts/episodic_length", float(game["l"]), step))
+        updates += 1
         if updates % 100 == 0 or not math.isfinite(watched["losses/gradient_norm"]):
             for tag, value in watched.items():
-                log.put((tag, value, now))
+                log.put((tag, value, step))
 
 
 def report(writer, step: int, metrics: dict[str, float]) -> None:
@@ -434,25 +441,56 @@ def save_checkpoint(path: Path, **state) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def load_checkpoint(path: Path, args: Args, *shaping: str) -> dict:
-    """What save_checkpoint wrote, if its run had args' values of the flags that shape the net."""
+def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> dict:
+    """What save_checkpoint wrote, its parameters put into net.
+
+    The flags named in shaping must be those of the run that wrote it.
+    """
     try:
         checkpoint = torch.load(path)
-        made_with = checkpoint["args"]
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        TypeError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise SystemExit(f"{path} is not a checkpoint, or a damaged one ({error}).") from None
-    for name in shaping:
-        flag, theirs, ours = "--" + name.replace("_", "-"), made_with.get(name), getattr(args, name)
-        if theirs != ours:
-            raise SystemExit(f"{path} was made with {flag} {theirs}, not {flag} {ours}.")
+        for name in shaping:
+            theirs, ours = checkpoint["args"][name], getattr(args, name)
+            if theirs != ours:
+                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+        net.load_state_dict(checkpoint["net"])
+    except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
+        kind = type(error).__name__
+        raise SystemExit(
+            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+        ) from None
     return checkpoint
+
+
+def open_run_dir(args: Args, task: str, script: str) -> Path:
+    """The folder of this run: that of the checkpoint it resumes, or a new one."""
+    if args.resume:
+        return Path(args.resume).parent
+    name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    if (run_dir / "checkpoint.pt").exists():
+        raise SystemExit(
+            f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
+            "another --run-dir begins anew."
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+    return run_dir
+
+
+def check(args: Args) -> None:
+    """Refuse numbers that no run can have and flags that exclude each other."""
+    for name, value in asdict(args).items():
+        lowest = 0 if isinstance(value, float) or name in ("seed", "eval_every") else 1
+        highest = 1 if name in ("discount", "rmsprop_decay", "eval_epsilon") else 2**32 - 1
+        if type(value) in (int, float) and not lowest <= value <= highest:
+            flag = "--" + name.replace("_", "-")
+            raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if args.resume and args.evaluate:
+        raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
+    if args.resume and args.run_dir:
+        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
 
 
 def drain(log, recent: dict[str, list[float]]) -> None:
@@ -461,41 +499,34 @@ def drain(log, recent: dict[str, list[float]]) -> None:
         tag, value, step = log.get()
         if not math.isfinite(value):
             raise SystemExit(
-                f"{tag} is {value} at step {step}. The run stops; its last checkpoint is from "
-                "before. Try a smaller --learning-rate."
+                f"{tag} is {value} at step {step}: the run stops. The checkpoint in its folder is "
+                "from before; a smaller --learning-rate often helps."
             )
         recent[tag].append(value)
 
 
-def check(args: Args) -> None:
-    """Refuse numbers that no run can have and flags that exclude each other."""
-    for name, value in asdict(args).items():
-        least = 0 if isinstance(value, float) or name in ("seed", "eval_every") else 1
-        if type(value) in (int, float) and not value >= least:
-            flag = "--" + name.replace("_", "-")
-            raise SystemExit(f"{flag} must be at least {least}, not {value}.")
-    if args.resume and args.evaluate:
-        raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
-    if args.resume and args.run_dir:
-        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
-
-
 def supervise(
-    workers, args: Args, T, log, writer, seconds: float, save: Callable, test: Callable
+    role: Callable, arguments: tuple, args: Args, T, log, writer, seconds: float, save, evaluate_now
 ) -> dict[str, float]:
-    """Report, save and test while the workers work on; the last report is returned.
+    """Spawn role(rank, *arguments) --num-workers times and report until they are done.
 
-    save(T=..., seconds=...) writes a checkpoint, test(step) gives the metrics of an evaluation.
-    seconds were spent before. A worker that dies ends the others and the run with its traceback.
+    save(T=..., seconds=...) writes a checkpoint; seconds is the time spent before. evaluate_now(
+    step, watch) returns metrics and calls watch now and then. Returns the last report. A worker
+    that dies ends the run with its traceback, Ctrl-C and SIGTERM end it with a checkpoint.
     """
-    bar = tqdm(total=args.total_timesteps, initial=T.value, unit="step", disable=None)
-    last_step, last_time, last_test = T.value, time.perf_counter(), T.value
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit that
+    workers = mp.spawn(role, arguments, nprocs=args.num_workers, join=False)
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    counter = T.get_obj()  # read without the lock, which a worker may hold when it is killed
+    bar = tqdm(total=args.total_timesteps, initial=counter.value, unit="step", disable=None)
+    last_step, last_time, last_evaluation = counter.value, time.perf_counter(), counter.value
     recent, finished = defaultdict(list), False
     try:
         while not finished:
             finished = workers.join(timeout=1)
             drain(log, recent)
-            step, now = T.value, time.perf_counter()
+            step, now = counter.value, time.perf_counter()
             bar.update(step - bar.n)
             if not finished and step < last_step + args.report_every:
                 continue
@@ -506,13 +537,15 @@ def supervise(
             metrics["charts/minutes"] = seconds / 60
             recent, last_step, last_time = defaultdict(list), step, now
             save(T=step, seconds=seconds)
-            if finished or (args.eval_every and step >= last_test + args.eval_every):
-                metrics |= test(step)
-                last_test = step
+            if finished or (args.eval_every and step >= last_evaluation + args.eval_every):
+                metrics |= evaluate_now(step, partial(workers.join, 0))
+                last_evaluation = step
             report(writer, step, metrics)
     except KeyboardInterrupt:
-        save(T=T.value, seconds=seconds + time.perf_counter() - last_time)
-        raise SystemExit(f"Stopped; go on with --resume {writer.log_dir}/checkpoint.pt") from None
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
+        save(T=counter.value, seconds=seconds + time.perf_counter() - last_time)
+        path = Path(writer.log_dir, "checkpoint.pt")
+        raise SystemExit(f"Stopped; go on with the same flags and --resume {path}") from None
     finally:
         for process in workers.processes:
             process.terminate()
@@ -522,52 +555,46 @@ def supervise(
     return metrics
 
 
-def start_workers(work: Callable, arguments: tuple, count: int):
-    """Spawn work(rank, *arguments) count times. Ctrl-C reaches them once they listen to it."""
-    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    workers = mp.spawn(work, arguments, nprocs=count, join=False)
-    signal.signal(signal.SIGINT, on_ctrl_c)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return workers
-
-
 def main(args: Args) -> dict[str, float]:
     check(args)
     torch.set_num_threads(1)  # the cores are the workers'
     torch.manual_seed(args.seed)
-    net = ActorCritic(make_env(args.env_id).action_space.n, args.network, args.lstm).share_memory()
+    num_actions = make_env(args.env_id).action_space.n
+    net = ActorCritic(num_actions, args.network, args.lstm).share_memory()
     optimizer = SharedRMSProp(list(net.parameters()), args.rmsprop_decay, args.rmsprop_eps)
+    shared = {"net": net.state_dict(), "g": optimizer.g}  # views of what the workers change
+
+    def evaluate_now(step: int, watch: Callable) -> dict[str, float]:
+        film = run_dir / f"game_{step}.gif" if args.capture_video else None
+        return evaluate(copy.deepcopy(net), args, film, watch)
+
     first_step, seconds = 0, 0.0
-    if args.evaluate or args.resume:
-        path = Path(args.evaluate or args.resume)
-        checkpoint = load_checkpoint(path, args, "env_id", "network", "lstm")
-        net.load_state_dict(checkpoint["net"])
-        if args.evaluate:
-            return evaluate(net, args, path.with_name("game.gif") if args.capture_video else None)
+    if args.evaluate:
+        path = Path(args.evaluate)
+        load_checkpoint(path, args, net, "env_id", "network", "lstm")
+        film = path.with_name("game.gif") if args.capture_video else None
+        try:
+            return evaluate(net, args, film)
+        except KeyboardInterrupt:
+            raise SystemExit("Stopped.") from None
+    if args.resume:
+        checkpoint = load_checkpoint(Path(args.resume), args, net, "env_id", "network", "lstm")
         for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
             g.copy_(saved_g)
         first_step, seconds = checkpoint["T"], checkpoint["seconds"]
+        if first_step >= args.total_timesteps:
+            raise SystemExit(f"{args.resume} is at step {first_step}: raise --total-timesteps.")
 
     from torch.utils.tensorboard import SummaryWriter  # not above: workers import this file, too
 
-    game = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"{game}__a3c_atari__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    run_dir = open_run_dir(args, args.env_id, "a3c_atari")
     writer = SummaryWriter(run_dir)
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
-    shared = {"net": net.state_dict(), "g": optimizer.g, "args": asdict(args)}
-    save = partial(save_checkpoint, run_dir / "checkpoint.pt", **shared)
-
+    save = partial(save_checkpoint, run_dir / "checkpoint.pt", args=asdict(args), **shared)
     spawn = mp.get_context("spawn")
     T, log = spawn.Value("q", first_step), spawn.Queue()
-    roles = args, net, optimizer, T, log
-    workers = start_workers(worker, roles, args.num_workers)
-
-    def test(step: int) -> dict[str, float]:
-        film = run_dir / f"game_{step}.gif" if args.capture_video else None
-        return evaluate(copy.deepcopy(net), args, film, watch=partial(workers.join, 0))
-
-    return supervise(workers, args, T, log, writer, seconds, save, test)
+    arguments = args, first_step, net, optimizer, T, log
+    return supervise(worker, arguments, args, T, log, writer, seconds, save, evaluate_now)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,8 @@ the agent, 4 frames of the emulator.
 import copy
 import csv
 import difflib
-import itertools
 import math
 import os
-import pickle
 import signal
 import time
 from collections import defaultdict
@@ -54,7 +52,7 @@ class Args:
     # The method
     algorithm: Literal["nstep-q", "onestep-q", "onestep-sarsa"] = "nstep-q"  # S1, 1, 1 with Sarsa
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
-    network: Literal["small", "large"] = "small"  # convolutions of DQN 2013 or of DQN 2015
+    network: Literal["small", "large"] = "small"  # the network of DQN 2013 or of DQN 2015
     num_workers: int = os.cpu_count() or 1  # processes that play and learn (paper: 16)
     envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
     t_max: int = 5  # steps of a segment, at most; I_AsyncUpdate of the one-step methods
@@ -100,15 +98,15 @@ class QNetwork(nn.Module):
     def __init__(self, num_actions: int, network: Literal["small", "large"]):
         super().__init__()
         if network == "small":  # Mnih et al. 2013
-            convolutions = [nn.Conv2d(4, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU()]
-            hidden = [nn.Flatten(), nn.Linear(32 * 9 * 9, 256), nn.ReLU()]
+            layers = [nn.Conv2d(4, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU()]
+            layers += [nn.Flatten(), nn.Linear(32 * 9 * 9, 256), nn.ReLU()]
         else:  # Mnih et al. 2015
-            convolutions = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
-            convolutions += [nn.Conv2d(64, 64, 3, 1), nn.ReLU()]
-            hidden = [nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU()]
-        self.trunk = nn.Sequential(*convolutions, *hidden)
-        self.value = nn.Linear(hidden[1].out_features, num_actions)
-        self.to(memory_format=torch.channels_last)  # convolutions take 25 % less time
+            layers = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
+            layers += [nn.Conv2d(64, 64, 3, 1), nn.ReLU()]
+            layers += [nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers)
+        self.value = nn.Linear(layers[-2].out_features, num_actions)
+        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def forward(self, s: Tensor) -> Tensor:
         x = s.flatten(0, -4).to(torch.float32, memory_format=torch.channels_last).mul_(1 / 255)
@@ -118,10 +116,10 @@ class QNetwork(nn.Module):
 def n_step_returns(
     r_t: Tensor, terminated: Tensor, cut: Tensor, v_t: Tensor, discount: float
 ) -> Tensor:
-    """R [N, K], summed up backwards (algorithms S1 and S2).
+    """R_i = r_i + discount R_(i+1) (algorithms S1 and S2). All are [N, K].
 
-    Nothing follows a terminated step; for what follows a cut one, and the last, stands v_t, the
-    value of the state that the step led to. All arguments [N, K].
+    R is 0 after a terminated step; it is v_t, the value of the state reached, after one that is
+    cut and after the last.
     """
     returns = torch.empty_like(r_t)
     R = v_t[-1]
@@ -194,7 +192,7 @@ class SharedRMSProp:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
-        """Without a lock: that workers now and then undo one another's writes does no harm."""
+        """Without a lock, as in the paper: now and then one worker undoes what another wrote."""
         for theta, g, d_theta in zip(self.theta, self.g, gradients, strict=True):
             g.mul_(self.decay).addcmul_(d_theta, d_theta, value=1 - self.decay)
             theta.addcdiv_(d_theta, (g + self.eps).sqrt_(), value=-learning_rate)  # eps inside
@@ -216,27 +214,25 @@ MAX_FRAMES = 108_000  # of a game, 30 minutes of play; then it is truncated
 
 
 class EpisodicLife(gym.Wrapper):
-    """A lost life terminates the episode; the game itself restarts only when it is over."""
+    """A lost life terminates the episode; the game goes on, and restarts only when it is over."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.lives, self.game_over = 0, True
 
     def step(self, action):
-        s_t, r_t, terminated, truncated, info = self.env.step(action)
+        self.s_t, r_t, terminated, truncated, info = self.env.step(action)
         self.game_over = terminated or truncated
         lives = self.unwrapped.ale.lives()
         life_lost, self.lives = lives < self.lives, lives
-        return s_t, r_t, terminated or life_lost, truncated, info
+        return self.s_t, r_t, terminated or life_lost, truncated, info
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if not self.game_over and seed is None:
-            s_t, _, terminated, truncated, info = self.env.step(0)  # a no-op into the next life
-            self.game_over = terminated or truncated
+        info = {}
         if self.game_over or seed is not None:
-            s_t, info = self.env.reset(seed=seed, options=options)
-        self.game_over, self.lives = False, self.unwrapped.ale.lives()
-        return s_t, info
+            self.s_t, info = self.env.reset(seed=seed, options=options)
+        self.lives, self.game_over = self.unwrapped.ale.lives(), False
+        return self.s_t, info
 
 
 def make_env(env_id: str, training: bool = True) -> gym.Env:
@@ -253,7 +249,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
             env = gym.make(env_id, render_mode=None if training else "rgb_array", **atari)
         else:
             env = gym.make(env_id)
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, ValueError) as error:
         nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
         raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
 
@@ -263,21 +259,23 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
         env = EpisodicLife(env) if training else env
     screen, actions = env.observation_space, env.action_space
     fits = screen.shape == (84, 84) and screen.dtype == np.uint8
-    if not fits or not isinstance(actions, gym.spaces.Discrete):
+    if not fits or not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
         raise SystemExit(
             f"{env_id} shows {screen} and takes {actions}; this script needs "
-            "uint8 screens of shape (84, 84) and Discrete actions."
+            "uint8 screens of shape (84, 84) and Discrete actions from 0."
         )
     return FrameStackObservation(env, 4)
 
 
-def reset_games(envs: Sequence[gym.Env], seeds: Sequence[int | None]) -> Tensor:
+def reset_games(envs: Sequence[gym.Env], seeds: Sequence[int]) -> Tensor:
     """The first screens [K, 4, 84, 84] of K games."""
     return torch.from_numpy(np.stack([env.reset(seed=i)[0] for env, i in zip(envs, seeds)]))
 
 
-def step_games(envs: Sequence[gym.Env], a_tm1: Tensor):
-    """s_t [K, 4, 84, 84], r_t, terminated, truncated [K] and K infos."""
+def step_games(
+    envs: Sequence[gym.Env], a_tm1: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[dict, ...]]:
+    """s_t [K, 4, 84, 84], r_t, terminated, truncated [K] and the infos of K games."""
     outcomes = [env.step(a) for env, a in zip(envs, a_tm1.tolist(), strict=True)]
     s_t, r_t, terminated, truncated, infos = zip(*outcomes)
     ends = torch.tensor(terminated), torch.tensor(truncated)
@@ -289,7 +287,7 @@ def explore(
 ) -> Iterator[tuple[Transitions, list[dict]]]:
     """Endless segments of K games side by side; choose(s) gives the actions [K].
 
-    With each come the whole games that ended in it: their k, score "r" and frames "l".
+    Each comes with the k, score "r" and frames "l" of the whole games that ended in it.
     """
     s_tm1 = reset_games(envs, seeds)
     a_t = choose(s_tm1)
@@ -306,7 +304,7 @@ def explore(
             last = len(steps) == t_max or bool(ended.all())
             s_tm1 = s_t.clone() if ended.any() else s_t
             for k in ended.nonzero().flatten().tolist():
-                s_tm1[k] = reset_games([envs[k]], [None])[0]
+                s_tm1[k] = torch.from_numpy(envs[k].reset()[0])
                 if "episode" in infos[k]:
                     games.append({"k": k} | infos[k]["episode"])
             if sarsa and ended.any():
@@ -317,9 +315,9 @@ def explore(
 # ---- Evaluation and training --------------------------------------------------------------------
 
 
-def independent_seeds(count: int, *entropy: int) -> list[int]:
-    """Seeds that differ from each other and from those of any other entropy."""
-    return np.random.SeedSequence(entropy).generate_state(count).tolist()
+def independent_seeds(count: int, *purpose: int) -> list[int]:
+    """Seeds that have nothing to do with each other or with those of another purpose."""
+    return np.random.SeedSequence(purpose).generate_state(count).tolist()
 
 
 @torch.no_grad()
@@ -387,6 +385,7 @@ def update(
 def worker(
     rank: int,
     args: Args,
+    first_step: int,
     shared: QNetwork,
     target_net: QNetwork,
     optimizer: SharedRMSProp,
@@ -395,11 +394,12 @@ def worker(
     log,
 ) -> None:
     """One actor-learner (algorithms 1 and S1); it reports by putting (tag, value, step) on log."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
-    seeds = independent_seeds(2 + args.envs_per_worker, args.seed, rank + 1, T.value)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is a matter for the main process
+    main_process, updates = mp.parent_process(), 0
+    seeds = independent_seeds(2 + args.envs_per_worker, args.seed, rank + 1, first_step)
     torch.manual_seed(seeds.pop())
-    np.random.seed(seeds.pop())
+    np.random.seed(seeds.pop())  # for games that use it
 
     envs = [make_env(args.env_id) for _ in seeds]
     net = shared  # of algorithm 1, whatever the other workers do to it meanwhile
@@ -412,28 +412,27 @@ def worker(
             return epsilon_greedy(net(s), epsilon)
 
     segments = explore(envs, seeds, choose, args.t_max, args.algorithm == "onestep-sarsa")
-    for updates in itertools.count(1):
-        if T.value >= args.total_timesteps:
-            return
+    while T.value < args.total_timesteps and main_process.is_alive():
         if net is not shared:
             copy_parameters(shared, net)
         segment, games = next(segments)
         with T.get_lock():
-            before, now = T.value, T.value + segment.r_t.numel()
-            T.value = now
-        if before // args.target_period < now // args.target_period:  # true for one worker
+            before, step = T.value, T.value + segment.r_t.numel()
+            T.value = step
+        if before // args.target_period < step // args.target_period:  # true for one worker
             copy_parameters(shared, target_net)
-        learning_rate = args.learning_rate * max(0.0, 1 - now / args.total_timesteps)
+        learning_rate = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
         watched = update(net, target_net, optimizer, segment, learning_rate, args)
 
         for game in games:
-            log.put(("charts/episodic_return", float(game["r"]), now))
-            log.put(("charts/episodic_length", float(game["l"]), now))
+            log.put(("charts/episodic_return", float(game["r"]), step))
+            log.put(("charts/episodic_length", float(game["l"]), step))
             final_epsilons[rank, game["k"]] = draw_final_epsilons(1)[0]
-            log.put((f"charts/final_epsilon_{rank}", final_epsilons[rank].mean().item(), now))
+            log.put((f"charts/final_epsilon_{rank}", final_epsilons[rank].mean().item(), step))
+        updates += 1
         if updates % 100 == 0 or not math.isfinite(watched["losses/gradient_norm"]):
             for tag, value in watched.items():
-                log.put((tag, value, now))
+                log.put((tag, value, step))
 
 
 def report(writer, step: int, metrics: dict[str, float]) -> None:
@@ -451,25 +450,56 @@ def save_checkpoint(path: Path, **state) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def load_checkpoint(path: Path, args: Args, *shaping: str) -> dict:
-    """What save_checkpoint wrote, if its run had args' values of the flags that shape the net."""
+def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> dict:
+    """What save_checkpoint wrote, its parameters put into net.
+
+    The flags named in shaping must be those of the run that wrote it.
+    """
     try:
         checkpoint = torch.load(path)
-        made_with = checkpoint["args"]
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        TypeError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise SystemExit(f"{path} is not a checkpoint, or a damaged one ({error}).") from None
-    for name in shaping:
-        flag, theirs, ours = "--" + name.replace("_", "-"), made_with.get(name), getattr(args, name)
-        if theirs != ours:
-            raise SystemExit(f"{path} was made with {flag} {theirs}, not {flag} {ours}.")
+        for name in shaping:
+            theirs, ours = checkpoint["args"][name], getattr(args, name)
+            if theirs != ours:
+                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+        net.load_state_dict(checkpoint["net"])
+    except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
+        kind = type(error).__name__
+        raise SystemExit(
+            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+        ) from None
     return checkpoint
+
+
+def open_run_dir(args: Args, task: str, script: str) -> Path:
+    """The folder of this run: that of the checkpoint it resumes, or a new one."""
+    if args.resume:
+        return Path(args.resume).parent
+    name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    if (run_dir / "checkpoint.pt").exists():
+        raise SystemExit(
+            f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
+            "another --run-dir begins anew."
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+    return run_dir
+
+
+def check(args: Args) -> None:
+    """Refuse numbers that no run can have and flags that exclude each other."""
+    for name, value in asdict(args).items():
+        lowest = 0 if isinstance(value, float) or name in ("seed", "eval_every") else 1
+        highest = 1 if name in ("discount", "rmsprop_decay", "eval_epsilon") else 2**32 - 1
+        if type(value) in (int, float) and not lowest <= value <= highest:
+            flag = "--" + name.replace("_", "-")
+            raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if args.resume and args.evaluate:
+        raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
+    if args.resume and args.run_dir:
+        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
 
 
 def drain(log, recent: dict[str, list[float]]) -> None:
@@ -478,41 +508,34 @@ def drain(log, recent: dict[str, list[float]]) -> None:
         tag, value, step = log.get()
         if not math.isfinite(value):
             raise SystemExit(
-                f"{tag} is {value} at step {step}. The run stops; its last checkpoint is from "
-                "before. Try a smaller --learning-rate."
+                f"{tag} is {value} at step {step}: the run stops. The checkpoint in its folder is "
+                "from before; a smaller --learning-rate often helps."
             )
         recent[tag].append(value)
 
 
-def check(args: Args) -> None:
-    """Refuse numbers that no run can have and flags that exclude each other."""
-    for name, value in asdict(args).items():
-        least = 0 if isinstance(value, float) or name in ("seed", "eval_every") else 1
-        if type(value) in (int, float) and not value >= least:
-            flag = "--" + name.replace("_", "-")
-            raise SystemExit(f"{flag} must be at least {least}, not {value}.")
-    if args.resume and args.evaluate:
-        raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
-    if args.resume and args.run_dir:
-        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
-
-
 def supervise(
-    workers, args: Args, T, log, writer, seconds: float, save: Callable, test: Callable
+    role: Callable, arguments: tuple, args: Args, T, log, writer, seconds: float, save, evaluate_now
 ) -> dict[str, float]:
-    """Report, save and test while the workers work on; the last report is returned.
+    """Spawn role(rank, *arguments) --num-workers times and report until they are done.
 
-    save(T=..., seconds=...) writes a checkpoint, test(step) gives the metrics of an evaluation.
-    seconds were spent before. A worker that dies ends the others and the run with its traceback.
+    save(T=..., seconds=...) writes a checkpoint; seconds is the time spent before. evaluate_now(
+    step, watch) returns metrics and calls watch now and then. Returns the last report. A worker
+    that dies ends the run with its traceback, Ctrl-C and SIGTERM end it with a checkpoint.
     """
-    bar = tqdm(total=args.total_timesteps, initial=T.value, unit="step", disable=None)
-    last_step, last_time, last_test = T.value, time.perf_counter(), T.value
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit that
+    workers = mp.spawn(role, arguments, nprocs=args.num_workers, join=False)
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    counter = T.get_obj()  # read without the lock, which a worker may hold when it is killed
+    bar = tqdm(total=args.total_timesteps, initial=counter.value, unit="step", disable=None)
+    last_step, last_time, last_evaluation = counter.value, time.perf_counter(), counter.value
     recent, finished = defaultdict(list), False
     try:
         while not finished:
             finished = workers.join(timeout=1)
             drain(log, recent)
-            step, now = T.value, time.perf_counter()
+            step, now = counter.value, time.perf_counter()
             bar.update(step - bar.n)
             if not finished and step < last_step + args.report_every:
                 continue
@@ -523,13 +546,15 @@ def supervise(
             metrics["charts/minutes"] = seconds / 60
             recent, last_step, last_time = defaultdict(list), step, now
             save(T=step, seconds=seconds)
-            if finished or (args.eval_every and step >= last_test + args.eval_every):
-                metrics |= test(step)
-                last_test = step
+            if finished or (args.eval_every and step >= last_evaluation + args.eval_every):
+                metrics |= evaluate_now(step, partial(workers.join, 0))
+                last_evaluation = step
             report(writer, step, metrics)
     except KeyboardInterrupt:
-        save(T=T.value, seconds=seconds + time.perf_counter() - last_time)
-        raise SystemExit(f"Stopped; go on with --resume {writer.log_dir}/checkpoint.pt") from None
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
+        save(T=counter.value, seconds=seconds + time.perf_counter() - last_time)
+        path = Path(writer.log_dir, "checkpoint.pt")
+        raise SystemExit(f"Stopped; go on with the same flags and --resume {path}") from None
     finally:
         for process in workers.processes:
             process.terminate()
@@ -537,15 +562,6 @@ def supervise(
         bar.close()
         writer.close()
     return metrics
-
-
-def start_workers(work: Callable, arguments: tuple, count: int):
-    """Spawn work(rank, *arguments) count times. Ctrl-C reaches them once they listen to it."""
-    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    workers = mp.spawn(work, arguments, nprocs=count, join=False)
-    signal.signal(signal.SIGINT, on_ctrl_c)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return workers
 
 
 def main(args: Args) -> dict[str, float]:
@@ -559,42 +575,44 @@ def main(args: Args) -> dict[str, float]:
     optimizer = SharedRMSProp(list(net.parameters()), args.rmsprop_decay, args.rmsprop_eps)
     final_epsilons = draw_final_epsilons(args.num_workers * args.envs_per_worker)
     final_epsilons = final_epsilons.view(args.num_workers, -1).share_memory_()
+    shared = {"net": net.state_dict(), "target_net": target_net.state_dict(), "g": optimizer.g}
+    shared["final_epsilons"] = final_epsilons  # views of what the workers change
+
+    def evaluate_now(step: int, watch: Callable) -> dict[str, float]:
+        film = run_dir / f"game_{step}.gif" if args.capture_video else None
+        return evaluate(copy.deepcopy(net), args, film, watch)
+
     first_step, seconds = 0, 0.0
-    if args.evaluate or args.resume:
-        path = Path(args.evaluate or args.resume)
-        shaping = ("env_id", "network") if args.evaluate else ("env_id", "network", "algorithm")
-        checkpoint = load_checkpoint(path, args, *shaping)
-        net.load_state_dict(checkpoint["net"])
-        if args.evaluate:
-            return evaluate(net, args, path.with_name("game.gif") if args.capture_video else None)
+    if args.evaluate:
+        path = Path(args.evaluate)
+        load_checkpoint(path, args, net, "env_id", "network")
+        film = path.with_name("game.gif") if args.capture_video else None
+        try:
+            return evaluate(net, args, film)
+        except KeyboardInterrupt:
+            raise SystemExit("Stopped.") from None
+    if args.resume:
+        shaping = ("env_id", "network", "algorithm")
+        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping)
         target_net.load_state_dict(checkpoint["target_net"])
         for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
             g.copy_(saved_g)
         if final_epsilons.shape == checkpoint["final_epsilons"].shape:
             final_epsilons.copy_(checkpoint["final_epsilons"])
         first_step, seconds = checkpoint["T"], checkpoint["seconds"]
+        if first_step >= args.total_timesteps:
+            raise SystemExit(f"{args.resume} is at step {first_step}: raise --total-timesteps.")
 
     from torch.utils.tensorboard import SummaryWriter  # not above: workers import this file, too
 
-    game = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"{game}__async_nstep_q__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    run_dir = open_run_dir(args, args.env_id, "async_nstep_q")
     writer = SummaryWriter(run_dir)
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
-    shared = {"net": net.state_dict(), "target_net": target_net.state_dict(), "g": optimizer.g}
-    shared |= {"final_epsilons": final_epsilons, "args": asdict(args)}
-    save = partial(save_checkpoint, run_dir / "checkpoint.pt", **shared)
-
+    save = partial(save_checkpoint, run_dir / "checkpoint.pt", args=asdict(args), **shared)
     spawn = mp.get_context("spawn")
     T, log = spawn.Value("q", first_step), spawn.Queue()
-    roles = args, net, target_net, optimizer, final_epsilons, T, log
-    workers = start_workers(worker, roles, args.num_workers)
-
-    def test(step: int) -> dict[str, float]:
-        film = run_dir / f"game_{step}.gif" if args.capture_video else None
-        return evaluate(copy.deepcopy(net), args, film, watch=partial(workers.join, 0))
-
-    return supervise(workers, args, T, log, writer, seconds, save, test)
+    arguments = args, first_step, net, target_net, optimizer, final_epsilons, T, log
+    return supervise(worker, arguments, args, T, log, writer, seconds, save, evaluate_now)
 
 
 if __name__ == "__main__":

@@ -241,7 +241,8 @@ def test_math_q_learning_chooses_after_the_update():
 
 def toy_worker(rank: int, roles: tuple) -> None:
     """A worker that notes at which steps the target network changes."""
-    args, net, target_net, optimizer, final_epsilons, T, log, changes = roles
+    *arguments, changes = roles
+    target_net, T = arguments[3], arguments[6]
     copy_parameters = async_nstep_q.copy_parameters
 
     def noting(source, target):
@@ -250,7 +251,7 @@ def toy_worker(rank: int, roles: tuple) -> None:
             changes.put((T.value, rank))
 
     async_nstep_q.copy_parameters = noting
-    async_nstep_q.worker(rank, args, net, target_net, optimizer, final_epsilons, T, log)
+    async_nstep_q.worker(rank, *arguments)
 
 
 @pytest.mark.parametrize("first", [0, 730])
@@ -261,7 +262,7 @@ def test_math_target_network_is_refreshed_once_per_period_by_one_of_the_workers(
     spawn = mp.get_context("spawn")
     T, log, changes = spawn.Value("q", first), spawn.Queue(), spawn.SimpleQueue()
     final_epsilons = torch.full((2, 1), 0.1).share_memory_()
-    roles = (args, net, target_net, optimizer, final_epsilons, T, log, changes)
+    roles = (args, first, net, target_net, optimizer, final_epsilons, T, log, changes)
     workers = mp.spawn(toy_worker, (roles,), nprocs=2, join=False)
     steps = []
     while not workers.join(timeout=0.1):
@@ -280,8 +281,8 @@ def test_math_target_network_is_refreshed_once_per_period_by_one_of_the_workers(
 @each_algorithm
 def test_learns_the_toy_game(algorithm, tmp_path):
     """With 5 % of random actions the optimum is 9.75 of ten points, five are chance."""
-    args = Args(**TOY, algorithm=algorithm, total_timesteps=16_000, learning_rate=2e-3)
-    args = dataclasses.replace(args, epsilon_timesteps=8000, target_period=500, discount=0.9)
+    args = Args(**TOY, algorithm=algorithm, total_timesteps=10_000, learning_rate=2e-3)
+    args = dataclasses.replace(args, epsilon_timesteps=5000, target_period=500, discount=0.9)
     args = dataclasses.replace(args, envs_per_worker=4, report_every=4000, run_dir=str(tmp_path))
     metrics = async_nstep_q.main(dataclasses.replace(args, eval_episodes=20, capture_video=True))
     assert metrics["eval/episodic_return"] > 9
@@ -304,10 +305,12 @@ def test_learns_on_from_where_it_stopped(tmp_path):
     assert 1000 <= before["T"] < 1010
     different = [not torch.equal(before["net"][n], before["target_net"][n]) for n in before["net"]]
     assert all(different)  # the target network is that of step 900
-    finished = dataclasses.replace(args, run_dir="", resume=str(tmp_path / "checkpoint.pt"))
-    async_nstep_q.main(finished)  # nothing left to do: all stays as it was loaded
+    on = dataclasses.replace(args, run_dir="", resume=str(tmp_path / "checkpoint.pt"))
+    on = dataclasses.replace(on, total_timesteps=1100, learning_rate=0.0, rmsprop_decay=1.0)
+    # no game ends within ten steps of each worker and no period either: all stays as it was loaded
+    async_nstep_q.main(dataclasses.replace(on, total_timesteps=1015, t_max=3))
     after = torch.load(tmp_path / "checkpoint.pt")
-    assert after["T"] == before["T"]
+    assert 1015 <= after["T"] < 1025
     assert torch.equal(after["final_epsilons"], before["final_epsilons"])
     for part in ("net", "target_net"):
         assert all(torch.equal(after[part][name], before[part][name]) for name in before[part])
@@ -329,17 +332,17 @@ def test_learns_nothing_from_a_crashing_game_and_says_so(tmp_path):
     [
         ({"env_id": "BrekoutNoFrameskip-v4"}, "There is no game.*BreakoutNoFrameskip-v4"),
         ({"env_id": "toy_games:Analogue-v0"}, "Discrete actions"),
-        ({"t_max": 0}, "--t-max must be at least 1"),
-        ({"target_period": 0}, "--target-period must be at least 1"),
-        ({"epsilon_timesteps": 0}, "--epsilon-timesteps must be at least 1"),
-        ({"resume": "missing.pt"}, "missing.pt is not a checkpoint"),
+        ({"t_max": 0}, "--t-max must lie between 1"),
+        ({"target_period": 0}, "--target-period must lie between 1"),
+        ({"epsilon_timesteps": 0}, "--epsilon-timesteps must lie between 1"),
+        ({"resume": "missing.pt"}, "missing.pt is missing, damaged or no checkpoint"),
         (
             {"resume": "good.pt", "network": "large"},
-            "made with --network small, not --network large",
+            "made with network=small, not with network=large",
         ),
         (
             {"resume": "good.pt", "algorithm": "onestep-q"},
-            "--algorithm nstep-q, not --algorithm onestep-q",
+            "made with algorithm=nstep-q, not with algorithm=onestep-q",
         ),
     ],
 )

@@ -13,6 +13,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 ROLES = {"Args", "main", "evaluate", "update", "worker", "make_env", "actor", "learner"}
+UNANNOTATED = {"writer", "T", "log", "optimizer", "save", "evaluate_now"}
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
 
@@ -123,9 +124,7 @@ def test_names(path):
     assert not names & {"done", "dones", "args_dict", "model"}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
-            annotated = [
-                a.annotation for a in node.args.args if a.arg not in ("writer", "T", "log")
-            ]
+            annotated = [a.annotation for a in node.args.args if a.arg not in UNANNOTATED]
             assert all(annotated), f"{path.name}:{node.lineno}: {node.name} is not annotated"
             private = node.name.startswith("_")
             assert not private, f"{path.name}:{node.lineno}: every function can be read and tested"
