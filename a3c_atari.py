@@ -40,7 +40,12 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 import tyro
-from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, RecordEpisodeStatistics
+from gymnasium.wrappers import (
+    AtariPreprocessing,
+    FrameStackObservation,
+    RecordEpisodeStatistics,
+    TransformObservation,
+)
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -207,7 +212,7 @@ class SharedRMSProp:
         """Without a lock, as in the paper: now and then one worker undoes what another wrote."""
         for theta, g, d_theta in zip(self.theta, self.g, gradients, strict=True):
             g.mul_(self.decay).addcmul_(d_theta, d_theta, value=1 - self.decay)
-            theta.addcdiv_(d_theta, (g + self.eps).sqrt_(), value=-learning_rate)  # eps inside
+            theta.addcmul_(d_theta, (g + self.eps).rsqrt_(), value=-learning_rate)  # eps inside
 
 
 def clip_by_norm(gradients: Sequence[Tensor], max_norm: float) -> float:
@@ -254,7 +259,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
     When a whole game is over, info["episode"] holds its true score "r" and its frames "l".
     """
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
-    atari = {"obs_type": "grayscale", "frameskip": 1, "max_num_frames_per_episode": MAX_FRAMES}
+    atari = {"obs_type": "ram", "frameskip": 1, "max_num_frames_per_episode": MAX_FRAMES}
     try:
         is_atari = ":" not in env_id and "ale_py" in str(gym.spec(env_id).entry_point)
         if is_atari:
@@ -266,7 +271,9 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
         raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
 
     env = RecordEpisodeStatistics(env)
-    if is_atari:
+    if is_atari:  # it fetches the screens that it needs: "ram" saves rendering the others
+        screen = gym.spaces.Box(0, 255, env.unwrapped.ale.getScreenDims(), np.uint8)
+        env = TransformObservation(env, lambda ram: ram, screen)
         env = AtariPreprocessing(env, noop_max=30, frame_skip=4)
         env = EpisodicLife(env) if training else env
     screen, actions = env.observation_space, env.action_space

@@ -1,4 +1,4 @@
-"""Draw every measured curve: results/SCRIPT/EXPERIMENT/*.csv -> results/SCRIPT/EXPERIMENT/curve.png.
+"""Draw every measured curve: results/SCRIPT/EXPERIMENT/*.csv -> curve.png beside them.
 
     python results/plot.py
 
@@ -35,7 +35,9 @@ EXPERIMENTS = []
 def read(path: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one tag."""
     with open(path, newline="") as file:
-        rows = [(float(step), float(value)) for step, name, value in csv.reader(file) if name == tag]
+        rows = [
+            (float(step), float(value)) for step, name, value in csv.reader(file) if name == tag
+        ]
     steps, values = zip(*rows)
     return np.array(steps), np.array(values)
 

@@ -15,15 +15,18 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-import toy_games  # noqa: F401
+import toy_games
 from PIL import Image
+from running import processes_of, start_run, wait_for, work_here
 from torch.distributions import Categorical
 
 import a3c_atari
@@ -49,19 +52,6 @@ def random_segment(N: int = 5, K: int = 3, num_actions: int = 4, seed: int = 0) 
 
 def games(*names: str) -> list[gym.Env]:
     return [a3c_atari.make_env(f"toy_games:{name}") for name in names]
-
-
-def processes_of(run: subprocess.Popen) -> list[int]:
-    """The living processes whose parent is run, read from /proc."""
-    children = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue
-        if parent == run.pid:
-            children.append(int(status.parent.name))
-    return children
 
 
 # ---- Equations ----------------------------------------------------------------------------------
@@ -321,7 +311,7 @@ def test_math_life_loss_ends_the_episode_and_not_the_game():
     env = a3c_atari.make_env("BreakoutNoFrameskip-v4")
     env.reset(seed=0)
     rng, lives, rewards, info = np.random.default_rng(0), [5], [], {}
-    while "episode" not in info:
+    while "episode" not in info and len(rewards) < 2000:
         _, r, terminated, truncated, info = env.step(int(rng.integers(4)))
         rewards.append(r)
         if terminated and "episode" not in info:
@@ -443,7 +433,106 @@ def test_math_evaluation_counts_whole_games_and_follows_its_seed():
     assert other["eval/episodic_return_std"] > 0
 
 
+def test_math_evaluation_samples_and_carries_the_lstm_state(monkeypatch):
+    """The paper's protocol: no life-loss episodes, own seeds, actions drawn from pi."""
+    net = ActorCritic(2, "small", lstm=True)
+    with torch.no_grad():
+        net.policy.weight.zero_()
+        net.policy.bias[:] = torch.tensor([0.0, 1.0])
+    made, actions, states, seeds = [], [], [], []
+    make_env, forward, step = a3c_atari.make_env, net.forward, toy_games.Side.step
+
+    def noting_make_env(env_id, training=True):
+        made.append(training)
+        env = make_env(env_id, training)
+        reset = env.reset
+        env.reset = lambda seed: (seeds.append(seed), reset(seed=seed))[1]
+        return env
+
+    def noting_forward(s, lstm_state, fresh):
+        outputs = forward(s, lstm_state, fresh)
+        states.append((lstm_state[0].clone(), outputs[2][0].clone(), fresh.any().item()))
+        return outputs
+
+    monkeypatch.setattr(a3c_atari, "make_env", noting_make_env)
+    monkeypatch.setattr(net, "forward", noting_forward)
+    monkeypatch.setattr(
+        toy_games.Side, "step", lambda game, a: (actions.append(a), step(game, a))[1]
+    )
+    watched = []
+    args = Args(**TOY | {"eval_episodes": 50})
+    a3c_atari.evaluate(net, args, watch=lambda: watched.append(1))
+    assert made == [False] * 50 and len(set(seeds)) == 50 and len(watched) == 10
+    assert np.mean(actions) == pytest.approx(1 / (1 + math.exp(-1)), abs=0.08)
+    assert states[0][0].abs().sum() == 0 and not any(fresh for *_, fresh in states)
+    for (_, after, _), (before, _, _) in pairwise(states):
+        assert torch.equal(before, after) and after.abs().sum() > 0
+
+
+def test_math_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    a3c_atari.save_checkpoint(path, T=1)
+
+    def save_half(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(OSError, match="disk full"):
+        a3c_atari.save_checkpoint(path, T=2)
+    assert torch.load(path) == {"T": 1}
+
+
 # ---- Processes ----------------------------------------------------------------------------------
+
+
+def test_math_worker_follows_algorithm_s2(monkeypatch):
+    """Copy, play, count, update, again: until the workers together have made all steps."""
+    args = Args(**TOY, envs_per_worker=3, t_max=4, total_timesteps=100, learning_rate=0.5)
+    shared = ActorCritic(2, "small", lstm=False)
+    with torch.no_grad():
+        shared.policy.weight.zero_()
+    optimizer = SharedRMSProp(list(shared.parameters()), 0.99, 0.1)
+    T = mp.get_context("spawn").Value("q", 40)
+    reports, rates, played, seeds = [], [], [], []
+    log = SimpleNamespace(put=reports.append)
+
+    def update(net, given_optimizer, segment, learning_rate, given_args):
+        assert given_optimizer is optimizer and given_args is args and net is not shared
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), shared.parameters()))
+        played.append(segment)
+        assert T.value == 40 + sum(s.r_t.numel() for s in played)
+        rates.append(learning_rate)
+        with torch.no_grad():
+            shared.value.bias += 1
+            net.value.bias -= 1
+        finite = math.nan if len(rates) == 2 else 1.0
+        return {"losses/gradient_norm": finite, "charts/learning_rate": learning_rate}
+
+    independent_seeds = a3c_atari.independent_seeds
+    monkeypatch.setattr(
+        a3c_atari,
+        "independent_seeds",
+        lambda count, *purpose: (
+            seeds.append((count, *purpose)),
+            independent_seeds(count, *purpose),
+        )[1],
+    )
+    arguments = (args, 40, shared, optimizer, T, log)
+    work_here(monkeypatch, a3c_atari, 6, arguments, update)
+    assert seeds == [(2 + 3, args.seed, 7, 40)]
+    assert T.value >= 100 and T.value - played[-1].r_t.numel() < 100
+    steps = np.cumsum([segment.r_t.numel() for segment in played]) + 40
+    assert rates == pytest.approx([0.5 * max(0, 1 - step / 100) for step in steps])
+    assert rates[-1] == 0 and len({segment.r_t.shape[1] for segment in played} - {3}) == 0
+    told = [(tag, step) for tag, value, step in reports if isinstance(value, float)]
+    assert ("losses/gradient_norm", steps[1]) in told  # not finite: reported at once
+    scores = [value for tag, value, _ in reports if tag == "charts/episodic_return"]
+    assert len(scores) == 3 * ((int(steps[-1]) - 40) // 30)
+    first_screens = [segment.s_tm1[0] for segment in played[:1]]
+    assert not torch.equal(first_screens[0][0], first_screens[0][1]) or not torch.equal(
+        first_screens[0][1], first_screens[0][2]
+    )
 
 
 def add_one(rank: int, optimizer: SharedRMSProp) -> None:
@@ -532,25 +621,10 @@ def test_bad_input_a_loss_that_explodes_stops_the_run(tmp_path):
     assert multiprocessing.active_children() == []
 
 
-def start_run(tmp_path: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "a3c_atari.py", "--env-id", "toy_games:Side-v0", *flags]
-    command += ["--num-workers", "2", "--run-dir", str(tmp_path), "--report-every", "200"]
-    environment = os.environ | {"PYTHONPATH": "tests"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGINT to all", "SIGKILL a worker"])
 def test_command_line_signals_end_the_run_in_order(name, tmp_path):
-    run = start_run(tmp_path)
+    run = start_run("a3c_atari.py", tmp_path)
     wait_for((tmp_path / "checkpoint.pt").exists)
     children = processes_of(run)
     assert len(children) >= 2
@@ -577,7 +651,7 @@ def test_command_line_signals_end_the_run_in_order(name, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_command_line_workers_do_not_outlive_their_parent(tmp_path):
-    run = start_run(tmp_path)
+    run = start_run("a3c_atari.py", tmp_path)
     wait_for(lambda: len(processes_of(run)) >= 3)  # workers and the tracker of shared memory
     children = processes_of(run)
     run.kill()
@@ -586,7 +660,7 @@ def test_command_line_workers_do_not_outlive_their_parent(tmp_path):
 
 
 def test_command_line_ctrl_c_while_workers_start(tmp_path):
-    run = start_run(tmp_path)
+    run = start_run("a3c_atari.py", tmp_path)
     wait_for(lambda: list(tmp_path.glob("events*")))
     time.sleep(0.5)
     os.killpg(run.pid, signal.SIGINT)

@@ -12,16 +12,17 @@ import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 import toy_games  # noqa: F401
+from running import ROOT, work_here
 
 import async_nstep_q
 from async_nstep_q import Args, QNetwork, SharedRMSProp, Transitions
 
-ROOT = Path(__file__).parent.parent
 ALGORITHMS = ("nstep-q", "onestep-q", "onestep-sarsa")
 TOY = {"env_id": "toy_games:Side-v0", "num_workers": 2, "eval_episodes": 4}
 
@@ -276,6 +277,62 @@ def test_math_target_network_is_refreshed_once_per_period_by_one_of_the_workers(
     assert len(steps) == len(due)
     for step, period in zip(sorted(steps), due):
         assert period <= step < period + 60  # read a moment after the refresh
+
+
+@each_algorithm
+def test_math_worker_follows_algorithms_1_and_s1(algorithm, monkeypatch):
+    """n-step Q plays and learns with a copy of the shared network, the others with itself."""
+    args = Args(**TOY, algorithm=algorithm, envs_per_worker=3, t_max=4, total_timesteps=400)
+    args = dataclasses.replace(args, learning_rate=0.5, target_period=50, epsilon_timesteps=200)
+    shared, target_net = QNetwork(2, "small"), QNetwork(2, "small")
+    optimizer = SharedRMSProp(list(shared.parameters()), 0.99, 0.1)
+    T = mp.get_context("spawn").Value("q", 40)
+    final_epsilons = torch.full((8, 3), 0.7)
+    reports, steps, rates, seeds, epsilons, refreshed = [], [40], [], [], [], []
+    log = SimpleNamespace(put=reports.append)
+
+    def update(net, given_target, given_optimizer, segment, learning_rate, given_args):
+        assert (net is shared) == (algorithm != "nstep-q") and given_target is target_net
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), shared.parameters()))
+        steps.append(steps[-1] + segment.r_t.numel())
+        assert T.value == steps[-1]
+        rates.append(learning_rate)
+        due = steps[-1] // 50 > steps[-2] // 50
+        assert torch.equal(target_net.value.bias, shared.value.bias) == due
+        with torch.no_grad():
+            shared.value.bias += 1
+        refreshed.append(due)
+        return {"losses/gradient_norm": math.nan if len(rates) == 2 else 1.0}
+
+    independent_seeds, epsilon_greedy = (
+        async_nstep_q.independent_seeds,
+        async_nstep_q.epsilon_greedy,
+    )
+
+    def noting_seeds(count, *purpose):
+        seeds.append((count, *purpose))
+        return independent_seeds(count, *purpose)
+
+    def noting_epsilons(q, epsilon):
+        epsilons.append((T.value, epsilon.clone()))
+        return epsilon_greedy(q, epsilon)
+
+    monkeypatch.setattr(async_nstep_q, "independent_seeds", noting_seeds)
+    monkeypatch.setattr(async_nstep_q, "epsilon_greedy", noting_epsilons)
+    arguments = (args, 40, shared, target_net, optimizer, final_epsilons, T, log)
+    work_here(monkeypatch, async_nstep_q, 6, arguments, update)
+    assert seeds == [(2 + 3, args.seed, 7, 40)]
+    assert steps[-2] < 400 <= steps[-1] and any(refreshed) and not all(refreshed)
+    assert rates == pytest.approx([0.5 * max(0, 1 - step / 400) for step in steps[1:]])
+    step, epsilon = epsilons[0]
+    assert step == 40 and epsilon.tolist() == pytest.approx([1 - 0.3 * 40 / 200] * 3)
+    told = {tag for tag, _, step in reports if step == steps[2]}
+    assert "losses/gradient_norm" in told  # not finite: reported at once
+    ends = [step for tag, _, step in reports if tag == "charts/final_epsilon_6"]
+    assert len(ends) == len([1 for tag, *_ in reports if tag == "charts/episodic_return"])
+    assert len(ends) == 3 * ((steps[-1] - 40) // 30)
+    assert (final_epsilons[:6] == 0.7).all() and (final_epsilons[7] == 0.7).all()
+    assert set(final_epsilons[6].tolist()) <= set(torch.tensor([0.1, 0.01, 0.5]).tolist())
 
 
 @each_algorithm

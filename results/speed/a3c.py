@@ -1,6 +1,6 @@
-"""How fast is a3c_atari.py? Frames per second beside the bare emulator's and another library's.
+"""How fast are the asynchronous methods? Emulator frames/s beside the emulator and a library.
 
-    Measures   the emulator alone, the preprocessed game, a3c_atari.py, Stable-Baselines3's A2C
+    Measures   the emulator, the preprocessed game, a3c_atari.py, async_nstep_q.py, SB3's A2C
     Run        python results/speed/a3c.py --output results/speed/a3c.md
     Needs      Linux, an idle machine, pip install -r results/speed/requirements.txt
     Takes      about 15 minutes
@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import a3c_atari
+import async_nstep_q
 
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banners
 
@@ -127,7 +128,22 @@ def a3c(envs_per_worker: int, t_max: int, args: Args, T) -> tuple[Callable, tupl
     theta = list(net.parameters())
     optimizer = a3c_atari.SharedRMSProp(theta, settings.rmsprop_decay, settings.rmsprop_eps)
     log = mp.get_context("spawn").Queue()
-    return a3c_atari.worker, (settings, net, optimizer, T, log), args.num_processes
+    return a3c_atari.worker, (settings, 0, net, optimizer, T, log), args.num_processes
+
+
+def async_q(algorithm: str, envs_per_worker: int, args: Args, T) -> tuple[Callable, tuple, int]:
+    """The workers of async_nstep_q.py with what its main gives them."""
+    settings = async_nstep_q.Args(algorithm, args.env_id, envs_per_worker=envs_per_worker)
+    num_actions = async_nstep_q.make_env(args.env_id).action_space.n
+    net, target_net = (
+        async_nstep_q.QNetwork(num_actions, settings.network).share_memory() for _ in range(2)
+    )
+    theta = list(net.parameters())
+    optimizer = async_nstep_q.SharedRMSProp(theta, settings.rmsprop_decay, settings.rmsprop_eps)
+    epsilons = torch.full((args.num_processes, envs_per_worker), 0.1).share_memory_()
+    log = mp.get_context("spawn").Queue()
+    arguments = settings, 0, net, target_net, optimizer, epsilons, T, log
+    return async_nstep_q.worker, arguments, args.num_processes
 
 
 def contenders() -> list[Contender]:
@@ -142,6 +158,9 @@ def contenders() -> list[Contender]:
         Contender(f"{command} 8 --t-max 5", partial(a3c, 8, 5), goals_8),
         Contender(f"{command} 8 --t-max 20", partial(a3c, 8, 20), goals_8),
     ]
+    for algorithm in ("nstep-q", "onestep-q", "onestep-sarsa"):
+        name = f"async_nstep_q.py --algorithm {algorithm} --envs-per-worker 8"
+        rows.append(Contender(name, partial(async_q, algorithm, 8), {PSS: 350}))
     if importlib.util.find_spec("stable_baselines3"):
         for vec_env, n in product(("DummyVecEnv", "SubprocVecEnv"), (1, 2)):
             name = f"SB3 {version('stable-baselines3')} A2C, {vec_env}, torch threads: {n}"
