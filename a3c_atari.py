@@ -1,18 +1,20 @@
 """Asynchronous advantage actor-critic (A3C): CPU processes learn to play Atari from the screen.
 
     Paper    Mnih et al., "Asynchronous methods for deep reinforcement learning", ICML 2016
-    Shows    algorithm S2 with shared RMSProp: no replay memory, no GPU (figures 1 and 3)
+    Shows    algorithm S2 with shared RMSProp: no replay memory, no GPU (figure 1)
     Run      python a3c_atari.py --env-id PongNoFrameskip-v4 --num-workers 2 --envs-per-worker 8
     Result   not yet measured
 
-Departures: learning rate 7e-4, RMSProp's epsilon 0.1, gradient norm 40 and value cost 0.5 are the
-authors' later answers (the paper searches the first and is silent on the others). In training an
-episode ends with a life (paper: not said). Evaluation starts from up to 30 no-ops (paper: from
-human play). Atari games have today's action sets (Pong 6 actions, the paper's 3). With
---envs-per-worker K > 1 (paper: 1) a process plays K games side by side: one forward pass for K
-screens, one summed gradient per segment of all K; a game that ends goes on with its next episode
-inside the segment, whereas with K = 1 the end of the episode is the end of the segment.
-CUDA is not used: that CPU cores suffice is the paper's point.
+Departures: ours (the paper's); those of the first line are the authors' later answers
+    learning rate 7e-4 (searched per game), RMSProp's epsilon 0.1, gradient norm 40 (not told)
+    gradient of V: (R - V) / 2, again a later answer (2 (R - V))
+    processes, as many as there are cores (16 threads); T grows by segments (by steps)
+    rewards clipped to [-1, 1], training episodes end with a life, 108,000 frames a game (not told)
+    up to 30 no-ops before a game (tables: human starts); no GPU, that being the paper's point
+    today's action sets: Pong 6 (3); sticky actions with ALE/*-v5 ids (none)
+    K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
+      gradients of K segments. A game that ends goes on with its next episode; the segment ends
+      early only when all K games end at once, with K = 1 therefore whenever the game does
 
 Symbols: theta shared parameters; g running average of their squared gradients; T steps taken by
 all workers; a_tm1 taken in s_tm1 gives r_t and s_t; R n-step return; V value; pi policy.

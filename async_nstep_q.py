@@ -1,19 +1,21 @@
 """Asynchronous one-step Q-learning, one-step Sarsa and n-step Q-learning on Atari.
 
     Paper    Mnih et al., "Asynchronous methods for deep reinforcement learning", ICML 2016
-    Shows    algorithms 1 and S1: parallel players do without a replay memory (figures 1 and 3)
+    Shows    algorithms 1 and S1: parallel players do without a replay memory (figure 1)
     Run      python async_nstep_q.py --env-id PongNoFrameskip-v4 --num-workers 2 --envs-per-worker 8
     Result   not yet measured
 
-Departures: learning rate 7e-4, RMSProp's epsilon 0.1 and gradient norm 40 are the authors' answers
-about A3C (the paper searches the first and is silent on the others). A game draws its final
-exploration rate anew whenever a whole game is over (paper: "periodically"). In training an episode
-ends with a life (paper: not said). Evaluation explores at 0.05 and starts from up to 30 no-ops
-(paper: not said). Atari games have today's action sets (Pong 6 actions, the paper's 3). With
---envs-per-worker K > 1 (paper: 1) a process plays K games side by side: one forward pass for K
-screens, one summed gradient per segment of all K; a game that ends goes on with its next episode
-inside the segment, whereas with K = 1 the end of the episode is the end of the segment.
-CUDA is not used: that CPU cores suffice is the paper's point.
+Departures: ours (the paper's); those of the first line are the authors' later answers on A3C
+    learning rate 7e-4 (searched per game), RMSProp's epsilon 0.1, gradient norm 40 (not told)
+    a game draws its final exploration rate anew when a whole game is over ("periodically")
+    exploration of 0.05 in evaluation (not told)
+    processes, as many as there are cores (16 threads); T grows by segments (by steps)
+    rewards clipped to [-1, 1], training episodes end with a life, 108,000 frames a game (not told)
+    up to 30 no-ops before a game (tables: human starts); no GPU, that being the paper's point
+    today's action sets: Pong 6 (3); sticky actions with ALE/*-v5 ids (none)
+    K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
+      gradients of K segments. A game that ends goes on with its next episode; the segment ends
+      early only when all K games end at once, with K = 1 therefore whenever the game does
 
 Symbols: theta shared parameters; theta^- those of the target network; g running average of squared
 gradients; T steps taken by all workers; a_tm1 taken in s_tm1 gives r_t and s_t; y target of Q.
