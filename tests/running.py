@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +24,28 @@ def processes_of(run: subprocess.Popen) -> list[int]:
         if parent == run.pid:
             children.append(int(status.parent.name))
     return children
+
+
+class Locked:
+    """A counter like multiprocessing's Value that changes only under its lock."""
+
+    def __init__(self, steps: int):
+        self.steps, self.locked = steps, False
+
+    @contextmanager
+    def get_lock(self):
+        self.locked = True
+        yield
+        self.locked = False
+
+    @property
+    def value(self) -> int:
+        return self.steps
+
+    @value.setter
+    def value(self, steps: int) -> None:
+        assert self.locked
+        self.steps = steps
 
 
 def work_here(monkeypatch, module, rank: int, arguments: tuple, after_update) -> None:

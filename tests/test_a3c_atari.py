@@ -7,6 +7,7 @@ clipped scores in the report; entropy over the wrong axis; a negative learning r
 an evaluation that never ends because nobody presses FIRE; a dead worker that hangs the run.
 """
 
+import copy
 import dataclasses
 import math
 import multiprocessing
@@ -26,7 +27,7 @@ import torch
 import torch.multiprocessing as mp
 import toy_games
 from PIL import Image
-from running import processes_of, start_run, wait_for, work_here
+from running import Locked, processes_of, start_run, wait_for, work_here
 from torch.distributions import Categorical
 
 import a3c_atari
@@ -227,6 +228,23 @@ def test_gradient_that_is_not_finite_moves_nothing():
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before))
 
 
+def test_gradient_of_an_update_is_clipped():
+    net = ActorCritic(4, "small", lstm=False)
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = SharedRMSProp(list(net.parameters()), decay=1.0, eps=1.0)  # plain descent
+    a3c_atari.update(net, optimizer, random_segment(), 1.0, Args(max_gradient_norm=0.5))
+    moves = [(p.detach() - b).flatten() for p, b in zip(net.parameters(), before)]
+    assert torch.cat(moves).norm().item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_math_defaults_are_the_papers():
+    args = Args()
+    assert (args.t_max, args.discount, args.entropy_cost, args.value_cost) == (5, 0.99, 0.01, 0.5)
+    assert (args.learning_rate, args.rmsprop_decay, args.rmsprop_eps) == (7e-4, 0.99, 0.1)
+    assert (args.max_gradient_norm, a3c_atari.MAX_FRAMES) == (40, 108_000)
+    assert a3c_atari.make_env("PongNoFrameskip-v4").action_space.n == 6
+
+
 # ---- LSTM ---------------------------------------------------------------------------------------
 
 
@@ -292,6 +310,12 @@ def test_math_play_gives_the_paper_its_segments():
             assert segment.terminated[:, 0].tolist() == [False] * (length - 1) + [clock == 7]
             assert (segment.v_t[:-1] == 0).all()
         assert [(game["r"], game["l"]) for game in games_over] == [(28, 7)]  # unclipped
+
+
+def test_math_play_tells_its_games_apart():
+    net = ActorCritic(2, "small", lstm=False)
+    _, over = next(a3c_atari.play(games("Clock-v0", "Side-v0"), [1, 2], net, 10))
+    assert [game["l"] for game in over] == [7, 10] and over[0]["r"] == 28
 
 
 def test_math_truncation_bootstraps_from_the_last_screen_of_its_own_episode():
@@ -493,19 +517,21 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
     with torch.no_grad():
         shared.policy.weight.zero_()
     optimizer = SharedRMSProp(list(shared.parameters()), 0.99, 0.1)
-    T = mp.get_context("spawn").Value("q", 40)
+    T = Locked(40)
     reports, rates, played, seeds = [], [], [], []
     log = SimpleNamespace(put=reports.append)
 
     def update(net, given_optimizer, segment, learning_rate, given_args):
         assert given_optimizer is optimizer and given_args is args and net is not shared
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), shared.parameters()))
+        assert not played or (segment.a_tm1 == 1).all()  # played with what was copied
+        assert torch.initial_seed() == independent_seeds(5, args.seed, 7, 40)[-1]
         played.append(segment)
         assert T.value == 40 + sum(s.r_t.numel() for s in played)
         rates.append(learning_rate)
         with torch.no_grad():
-            shared.value.bias += 1
-            net.value.bias -= 1
+            shared.policy.bias[:] = torch.tensor([0.0, 1e4])
+            net.policy.bias[:] = torch.tensor([1e4, 0.0])
         finite = math.nan if len(rates) == 2 else 1.0
         return {"losses/gradient_norm": finite, "charts/learning_rate": learning_rate}
 
@@ -547,8 +573,15 @@ def test_math_steps_of_two_processes_both_land():
 
 
 @pytest.mark.parametrize("lstm", [False, True])
-def test_learns_the_toy_game(lstm, tmp_path):
+def test_learns_the_toy_game(lstm, tmp_path, monkeypatch):
     """Ten points a game are the optimum, five are chance."""
+    evaluate = a3c_atari.evaluate
+
+    def evaluate_a_copy(net, *rest):
+        assert not net.policy.weight.is_shared()  # the workers do not change it meanwhile
+        return evaluate(net, *rest)
+
+    monkeypatch.setattr(a3c_atari, "evaluate", evaluate_a_copy)
     start = time.perf_counter()
     args = Args(**TOY, lstm=lstm, t_max=5, total_timesteps=12_000, learning_rate=3e-3)
     if lstm:
@@ -562,7 +595,9 @@ def test_learns_the_toy_game(lstm, tmp_path):
     assert len(list(tmp_path.glob("game_*.gif"))) >= 2
     rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     rates = [float(value) for _, tag, value in rows if tag == "charts/learning_rate"]
-    assert rates == sorted(rates, reverse=True) and rates[-1] >= 0
+    assert rates == sorted(rates, reverse=True)
+    assert 0 <= rates[-1] < 0.4 * rates[0]  # a report averages its own interval
+    monkeypatch.undo()
 
     checkpoint = str(tmp_path / "checkpoint.pt")
     evaluated = a3c_atari.main(dataclasses.replace(args, evaluate=checkpoint, run_dir=""))
@@ -587,6 +622,12 @@ def test_learns_on_from_where_it_stopped(tmp_path):
     rates = [(int(step), float(v)) for step, tag, v in rows if tag == "charts/learning_rate"]
     _, rate = next(r for r in rates if r[0] > before["T"])
     assert 0 < rate < 7e-4 * (1 - before["T"] / 6000)
+    reports = {}
+    for step, tag, value in rows:
+        reports.setdefault(int(step), {}).setdefault(tag, float(value))
+    for (s0, old), (s1, new) in pairwise(sorted(reports.items())):
+        seconds = 60 * (new["charts/minutes"] - old["charts/minutes"])
+        assert s1 - s0 == pytest.approx(seconds * new["charts/SPS"], rel=1e-3, abs=1e-3)
     rested = dataclasses.replace(on, total_timesteps=6100, learning_rate=0.0, rmsprop_decay=1.0)
     a3c_atari.main(rested)  # a run that moves nothing keeps all as it was loaded
     last = torch.load(tmp_path / "checkpoint.pt")
@@ -747,3 +788,18 @@ def test_command_line_help_names_the_paper_and_explains_every_flag():
 def test_command_line_toy_games_are_ones_of_gymnasium():
     for name in ("Side", "Clock", "TruncatedClock"):
         gym.make(f"toy_games:{name}-v0")
+
+
+def test_command_line_catch_can_always_be_won():
+    """A player that knows where the ball will land gets there from everywhere."""
+    env = gym.make("toy_games:Catch-v0")
+    for seed in range(40):
+        env.reset(seed=seed)
+        game, total, over = env.unwrapped, 0.0, False
+        ahead = copy.deepcopy(game)
+        while ahead.row < 11:
+            ahead.step(1)
+        while not over:
+            _, r, over, *_ = env.step(1 + int(np.sign(ahead.column - game.paddle)))
+            total += r
+        assert total == 1

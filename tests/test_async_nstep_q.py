@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import toy_games  # noqa: F401
-from running import ROOT, work_here
+from running import ROOT, Locked, work_here
 
 import async_nstep_q
 from async_nstep_q import Args, QNetwork, SharedRMSProp, Transitions
@@ -286,7 +286,7 @@ def test_math_worker_follows_algorithms_1_and_s1(algorithm, monkeypatch):
     args = dataclasses.replace(args, learning_rate=0.5, target_period=50, epsilon_timesteps=200)
     shared, target_net = QNetwork(2, "small"), QNetwork(2, "small")
     optimizer = SharedRMSProp(list(shared.parameters()), 0.99, 0.1)
-    T = mp.get_context("spawn").Value("q", 40)
+    T = Locked(40)
     final_epsilons = torch.full((8, 3), 0.7)
     reports, steps, rates, seeds, epsilons, refreshed = [], [40], [], [], [], []
     log = SimpleNamespace(put=reports.append)

@@ -56,6 +56,35 @@ class Clock(gym.Env):
         )
 
 
+class Catch(gym.Env):
+    """A ball falls through twelve rows, slantwise; the paddle below earns 1 for it, a miss -1."""
+
+    observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(3)  # left, stay, right
+
+    def screen(self) -> np.ndarray:
+        cells = np.zeros((12, 12), np.uint8)
+        cells[self.row, self.column] = cells[11, self.paddle] = 255
+        return cells.repeat(7, 0).repeat(7, 1)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.row, self.column, self.paddle = 0, int(self.np_random.integers(12)), 6
+        self.drift = int(self.np_random.integers(-1, 2))
+        return self.screen(), {}
+
+    def step(self, action):
+        self.paddle = min(11, max(0, self.paddle + int(action) - 1))
+        self.row += 1
+        if self.row % 2:  # a cell aside in every second row, and off the walls
+            if not 0 <= self.column + self.drift <= 11:
+                self.drift = -self.drift
+            self.column += self.drift
+        over = self.row == 11
+        reward = (1.0 if self.column == self.paddle else -1.0) if over else 0.0
+        return self.screen(), reward, over, False, {}
+
+
 class Crashing(Side):
     """Like Side until its third step, which divides by zero."""
 
@@ -75,6 +104,6 @@ class Analogue(Side):
     action_space = gym.spaces.Box(-1, 1, (2,))
 
 
-for game in (Side, Clock, Crashing, Colour, Analogue):
+for game in (Side, Clock, Catch, Crashing, Colour, Analogue):
     gym.register(f"{game.__name__}-v0", f"toy_games:{game.__name__}")
 gym.register("TruncatedClock-v0", "toy_games:Clock", kwargs={"truncates": True})

@@ -1,0 +1,200 @@
+"""Do more workers need less data and less time? Are the methods robust? (table 2, figures 2 to 4)
+
+    python results/scaling.py                  # the toy game, 1 to 16 workers, 3 seeds
+    python results/scaling.py --part rates     # the toy game, random learning rates
+    python results/scaling.py --env-id PongNoFrameskip-v4 --reference -15 --max-timesteps 4000000
+
+Calls the scripts as a user would. A run ends at --reference (mean return of a report) or after
+--max-timesteps. Each becomes a line of results/scaling/GAME_PART.csv, and runs that stand there
+already are not repeated, so the command can be stopped and given again. At the end the table
+(workers) or the figure (rates) is made from the file.
+"""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {
+    "one-step Q": ["async_nstep_q.py", "--algorithm", "onestep-q"],
+    "one-step Sarsa": ["async_nstep_q.py", "--algorithm", "onestep-sarsa"],
+    "n-step Q": ["async_nstep_q.py", "--algorithm", "nstep-q"],
+    "A3C": ["a3c_atari.py"],
+}
+PAPER = {  # table 2: times faster in wall time with 1, 2, 4, 8, 16 threads, mean of seven games
+    "one-step Q": (1.0, 3.0, 6.3, 13.3, 24.1),
+    "one-step Sarsa": (1.0, 2.8, 5.9, 13.1, 22.1),
+    "n-step Q": (1.0, 2.7, 5.9, 10.7, 17.2),
+    "A3C": (1.0, 2.1, 3.7, 6.9, 12.5),
+}
+COLUMNS = ("method", "workers", "seed", "learning_rate", "steps", "minutes", "score")
+
+
+@dataclass
+class Args:
+    part: Literal["workers", "rates"] = "workers"  # what is varied: table 2 or figure 2
+    env_id: str = "toy_games:Catch-v0"  # the game; toy_games lies in tests/
+    workers: tuple[int, ...] = (1, 2, 4, 8, 16)  # of part workers; part rates has the last but two
+    seeds: int = 3  # of part workers
+    rates: int = 10  # learning rates of part rates, drawn from LogUniform(1e-4, 1e-2)
+    learning_rate: float = 2e-3  # of part workers
+    reference: float = 0.8  # mean return of a report at which a run has arrived
+    max_timesteps: int = (
+        150_000  # at which it has not; the learning rate falls to 0 over twice that
+    )
+    report_every: int = 2_000  # steps
+
+
+@dataclass
+class Run:
+    method: str
+    workers: int
+    seed: int
+    learning_rate: float
+
+
+def plan(args: Args) -> list[Run]:
+    """Every run of the experiment, methods and workers taking turns."""
+    if args.part == "workers":
+        settings = [
+            (w, seed, args.learning_rate) for seed in range(args.seeds) for w in args.workers
+        ]
+    else:
+        drawn = 10 ** np.random.default_rng(0).uniform(-4, -2, args.rates)
+        settings = [
+            (args.workers[-3], seed, float(f"{rate:.3g}")) for seed, rate in enumerate(drawn)
+        ]
+    return [Run(method, *setting) for setting in settings for method in METHODS]
+
+
+def follow(run_dir: Path, args: Args, process: subprocess.Popen) -> tuple[int, float, float]:
+    """Steps, minutes and mean return of the first report that arrives, or of the best one."""
+    best, path = (0, 0.0, -np.inf), run_dir / "metrics.csv"
+    while True:
+        ended = process.poll() is not None
+        reports = {}
+        if path.exists():
+            with open(path, newline="") as file:
+                for row in csv.reader(file):
+                    if len(row) == 3:  # the last one may be half written
+                        reports.setdefault(int(row[0]), {})[row[1]] = float(row[2] or "nan")
+        for step, report in reports.items():
+            score = report.get("charts/episodic_return", -np.inf)
+            here = step, report.get("charts/minutes", 0.0), score
+            if score >= args.reference:
+                return here
+            best = max(best, here, key=lambda report: report[2])
+            ended = ended or step >= args.max_timesteps
+        if ended:
+            return best
+        time.sleep(0.5)
+
+
+def measure(run: Run, args: Args) -> list:
+    """One run of a script, from its start to its arrival; a row of the file."""
+    folder = Path(tempfile.mkdtemp())
+    flags = {
+        "env-id": args.env_id,
+        "num-workers": run.workers,
+        "seed": run.seed,
+        "learning-rate": run.learning_rate,
+        "total-timesteps": 2 * args.max_timesteps,
+        "report-every": args.report_every,
+        "run-dir": folder / "run",
+    }
+    if run.method != "A3C":
+        flags["target-period"] = max(1, args.max_timesteps // 100)
+        flags["epsilon-timesteps"] = max(1, args.max_timesteps // 10)
+    command = [sys.executable, *METHODS[run.method]]
+    command += [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **quiet)
+    try:
+        steps, minutes, score = follow(folder / "run", args, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        shutil.rmtree(folder)
+    arrived = score >= args.reference
+    row = [run.method, run.workers, run.seed, run.learning_rate]
+    return [*row, steps if arrived else "", f"{minutes:.3f}" if arrived else "", f"{score:.3f}"]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(rows: list[dict[str, str]], workers: tuple[int, ...]) -> str:
+    """Steps and minutes to the reference, medians over seeds, beside the paper's table 2."""
+    lines = ["| method | | " + " | ".join(str(w) for w in workers) + " |"]
+    lines.append("|---|---|" + "--:|" * len(workers))
+    for method, paper in PAPER.items():
+        for column, title in (("steps", "steps to the reference"), ("minutes", "minutes to it")):
+            cells = []
+            for w in workers:
+                runs = [r for r in rows if r["method"] == method and int(r["workers"]) == w]
+                values = [float(r[column]) if r[column] else np.inf for r in runs]
+                median = np.median(values) if values else np.nan
+                cells.append("not reached" if np.isinf(median) else f"{median:,.4g}")
+            lines.append(f"| {method} | {title} | " + " | ".join(cells) + " |")
+        paper = dict(zip((1, 2, 4, 8, 16), paper))
+        cells = [f"{paper[w]:g}" if w in paper else "" for w in workers]
+        lines.append(f"| {method} | paper: times faster | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, str]], args: Args, path: Path) -> None:
+    """The score that each learning rate reached, one panel per method (figure 2)."""
+    figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), sharey=True)
+    for axis, method in zip(axes, METHODS):
+        runs = [r for r in rows if r["method"] == method]
+        axis.scatter([float(r["learning_rate"]) for r in runs], [float(r["score"]) for r in runs])
+        axis.axhline(args.reference, color="k", ls="--", lw=1)
+        axis.set(title=method, xscale="log", xlabel="learning rate")
+    axes[0].set_ylabel("best mean return of a report")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main(args: Args) -> str:
+    game = args.env_id.split(":")[-1].replace("/", "-")
+    path = ROOT / "results" / "scaling" / f"{game}_{args.part}.csv"
+    path.parent.mkdir(exist_ok=True)
+    had = {(r["method"], r["workers"], r["seed"], r["learning_rate"]) for r in read(path)}
+    if not had:
+        path.write_text(",".join(COLUMNS) + "\n")
+    try:
+        for run in tqdm(plan(args), unit="run", disable=None):
+            if (run.method, *map(str, (run.workers, run.seed, run.learning_rate))) in had:
+                continue
+            row = measure(run, args)
+            with open(path, "a", newline="") as file:
+                csv.writer(file).writerow(row)
+            tqdm.write(", ".join(map(str, row)))
+    except KeyboardInterrupt:
+        raise SystemExit(f"Stopped; {path} keeps what was measured.") from None
+    if args.part == "workers":
+        return table(read(path), args.workers)
+    draw(read(path), args, path.with_suffix(".png"))
+    return str(path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    print(main(tyro.cli(Args, description=__doc__)))
