@@ -622,12 +622,10 @@ def test_learns_on_from_where_it_stopped(tmp_path):
     rates = [(int(step), float(v)) for step, tag, v in rows if tag == "charts/learning_rate"]
     _, rate = next(r for r in rates if r[0] > before["T"])
     assert 0 < rate < 7e-4 * (1 - before["T"] / 6000)
-    reports = {}
-    for step, tag, value in rows:
-        reports.setdefault(int(step), {}).setdefault(tag, float(value))
-    for (s0, old), (s1, new) in pairwise(sorted(reports.items())):
-        seconds = 60 * (new["charts/minutes"] - old["charts/minutes"])
-        assert s1 - s0 == pytest.approx(seconds * new["charts/SPS"], rel=1e-3, abs=1e-3)
+    minutes = [(int(step), 60 * float(v)) for step, tag, v in rows if tag == "charts/minutes"]
+    speeds = [float(v) for _, tag, v in rows if tag == "charts/SPS"]
+    for ((s0, then), (s1, now)), speed in zip(pairwise(minutes), speeds[1:], strict=True):
+        assert s1 - s0 == pytest.approx((now - then) * speed, rel=1e-3, abs=1e-3)
     rested = dataclasses.replace(on, total_timesteps=6100, learning_rate=0.0, rmsprop_decay=1.0)
     a3c_atari.main(rested)  # a run that moves nothing keeps all as it was loaded
     last = torch.load(tmp_path / "checkpoint.pt")
