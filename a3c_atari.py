@@ -13,8 +13,8 @@ Departures: ours (the paper's); those of the first line are the authors' later a
     up to 30 no-ops before a game (tables: human starts); no GPU, that being the paper's point
     today's action sets: Pong 6 (3); sticky actions with ALE/*-v5 ids (none)
     K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
-      gradients of K segments. A game that ends goes on with its next episode; the segment ends
-      early only when all K games end at once, with K = 1 therefore whenever the game does
+      gradients of K segments. An episode that ends is followed by the next; the segment ends early
+      only when all K end at once, with K = 1 therefore at every end of an episode
 
 Symbols: theta shared parameters; g running average of their squared gradients; T steps taken by
 all workers; a_tm1 taken in s_tm1 gives r_t and s_t; R n-step return; V value; pi policy.
@@ -31,7 +31,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -490,12 +490,14 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
 
 def check(args: Args) -> None:
     """Refuse numbers that no run can have and flags that exclude each other."""
-    for name, value in asdict(args).items():
-        lowest = 0 if isinstance(value, float) or name in ("seed", "eval_every") else 1
-        highest = 1 if name in ("discount", "rmsprop_decay", "eval_epsilon") else 2**32 - 1
-        if type(value) in (int, float) and not lowest <= value <= highest:
-            flag = "--" + name.replace("_", "-")
-            raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    for field in fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        counts = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
+        highest = 1 if field.name in ("discount", "rmsprop_decay", "eval_epsilon") else 2**32 - 1
+        if type(value) in (int, float) and not int(counts) <= value <= highest:
+            raise SystemExit(
+                f"{flag} must lie between {int(counts)} and {highest}, not at {value}."
+            )
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir:

@@ -7,18 +7,22 @@
 
 Departures: ours (the paper's); those of the first line are the authors' later answers on A3C
     learning rate 7e-4 (searched per game), RMSProp's epsilon 0.1, gradient norm 40 (not told)
-    a game draws its final exploration rate anew when a whole game is over ("periodically")
-    exploration of 0.05 in evaluation (not told)
+    each game (thread) draws its final exploration rate anew when a whole game is over, so that
+      returns in training lie far below those of evaluation ("periodically")
+    exploration falls with T (T or a thread's t: not told), to 0.05 in evaluation (not told)
+    the gradients of a one-step segment are taken together at its end (each at its own step), and
+      theta^- is renewed after the update of the segment in which it was due (at that step)
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
     rewards clipped to [-1, 1], training episodes end with a life, 108,000 frames a game (not told)
-    up to 30 no-ops before a game (tables: human starts); no GPU, that being the paper's point
+    up to 30 no-ops before a game (not told); no GPU, that being the paper's point
     today's action sets: Pong 6 (3); sticky actions with ALE/*-v5 ids (none)
     K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
-      gradients of K segments. A game that ends goes on with its next episode; the segment ends
-      early only when all K games end at once, with K = 1 therefore whenever the game does
+      gradients of K segments. An episode that ends is followed by the next; the segment ends early
+      only when all K end at once, with K = 1 therefore at every end of an episode
 
-Symbols: theta shared parameters; theta^- those of the target network; g running average of squared
-gradients; T steps taken by all workers; a_tm1 taken in s_tm1 gives r_t and s_t; y target of Q.
+Symbols: theta shared parameters; theta' a worker's copy; theta^- those of the target network; g
+running average of squared gradients; T steps taken by all workers; a_tm1 taken in s_tm1 gives r_t
+and s_t; y target of Q.
 Shapes: K games of a worker, N <= t_max steps of a segment, A actions. A step is one decision of
 the agent, 4 frames of the emulator.
 """
@@ -32,7 +36,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -57,7 +61,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # The method
-    algorithm: Literal["nstep-q", "onestep-q", "onestep-sarsa"] = "nstep-q"  # S1, 1, 1 with Sarsa
+    algorithm: Literal["nstep-q", "onestep-q", "onestep-sarsa"] = "nstep-q"  # S1, or variants of 1
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
     network: Literal["small", "large"] = "small"  # the network of DQN 2013 or of DQN 2015
     num_workers: int = os.cpu_count() or 1  # processes that play and learn (paper: 16)
@@ -65,7 +69,7 @@ class Args:
     t_max: int = 5  # steps of a segment, at most; I_AsyncUpdate of the one-step methods
     discount: float = 0.99  # gamma
     target_period: int = 10_000  # I_target, steps between two target networks; 40,000 frames
-    epsilon_timesteps: int = 1_000_000  # steps until exploration has fallen from 1; 4 M frames
+    epsilon_timesteps: int = 1_000_000  # until exploration has fallen, well below total_timesteps
     # Optimisation
     total_timesteps: int = 80_000_000  # of all workers together; 320 M frames, the paper's day
     learning_rate: float = 7e-4  # at the start; falls linearly to 0
@@ -96,7 +100,7 @@ class Transitions(NamedTuple):
     terminated: Tensor  # [N, K] the step ended the episode: nothing follows
     truncated: Tensor  # [N, K] the step ran into the time limit: more would have followed
     s_t: Tensor  # [N, K, 4, 84, 84] the screens that the step led to
-    a_t: Tensor  # [N, K] the actions executed next (only Sarsa chooses them early enough)
+    a_t: Tensor  # [N, K] Sarsa only: chosen in s_t, executed next unless the episode ended
 
 
 class QNetwork(nn.Module):
@@ -139,7 +143,7 @@ def n_step_returns(
 
 @torch.no_grad()
 def targets(target_net: QNetwork, segment: Transitions, algorithm: str, discount: float) -> Tensor:
-    """y [N, K], what Q(s_tm1, a_tm1) is to become: all that the three algorithms differ in."""
+    """y [N, K], what Q(s_tm1, a_tm1) is to become under theta^- (algorithms 1 and S1)."""
     if algorithm == "nstep-q":
         cut = segment.truncated.clone()
         cut[-1] = True
@@ -159,12 +163,12 @@ def q_loss(q: Tensor, a: Tensor, y: Tensor) -> Tensor:
     return (y - q.gather(-1, a[..., None]).squeeze(-1)).square().sum()
 
 
-FINAL_EPSILONS, PROBABILITIES = (0.1, 0.01, 0.5), (0.4, 0.3, 0.3)
+FINAL_EPSILONS, FINAL_EPSILON_PROBABILITIES = (0.1, 0.01, 0.5), (0.4, 0.3, 0.3)
 
 
 def draw_final_epsilons(count: int) -> Tensor:
     """Final exploration rates [count] (section 5.1)."""
-    drawn = torch.multinomial(torch.tensor(PROBABILITIES), count, replacement=True)
+    drawn = torch.multinomial(torch.tensor(FINAL_EPSILON_PROBABILITIES), count, True)
     return torch.tensor(FINAL_EPSILONS)[drawn]
 
 
@@ -299,7 +303,7 @@ def explore(
     Each comes with the k, score "r" and frames "l" of the whole games that ended in it.
     """
     s_tm1 = reset_games(envs, seeds)
-    a_t = choose(s_tm1)
+    a_t = choose(s_tm1) if sarsa else torch.zeros(len(envs), dtype=torch.long)
     while True:
         steps, games, last = [], [], False
         while not last:
@@ -411,7 +415,7 @@ def worker(
     np.random.seed(seeds.pop())  # for games that use it
 
     envs = [make_env(args.env_id) for _ in seeds]
-    net = shared  # of algorithm 1, whatever the other workers do to it meanwhile
+    net = shared  # algorithm 1 plays and learns with theta itself, which others move meanwhile
     if args.algorithm == "nstep-q":
         net = QNetwork(envs[0].action_space.n, args.network)  # theta'
 
@@ -428,10 +432,10 @@ def worker(
         with T.get_lock():
             before, step = T.value, T.value + segment.r_t.numel()
             T.value = step
-        if before // args.target_period < step // args.target_period:  # true for one worker
-            copy_parameters(shared, target_net)
         learning_rate = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
         watched = update(net, target_net, optimizer, segment, learning_rate, args)
+        if before // args.target_period < step // args.target_period:  # so for one worker alone
+            copy_parameters(shared, target_net)
 
         for game in games:
             log.put(("charts/episodic_return", float(game["r"]), step))
@@ -499,12 +503,14 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
 
 def check(args: Args) -> None:
     """Refuse numbers that no run can have and flags that exclude each other."""
-    for name, value in asdict(args).items():
-        lowest = 0 if isinstance(value, float) or name in ("seed", "eval_every") else 1
-        highest = 1 if name in ("discount", "rmsprop_decay", "eval_epsilon") else 2**32 - 1
-        if type(value) in (int, float) and not lowest <= value <= highest:
-            flag = "--" + name.replace("_", "-")
-            raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    for field in fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        counts = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
+        highest = 1 if field.name in ("discount", "rmsprop_decay", "eval_epsilon") else 2**32 - 1
+        if type(value) in (int, float) and not int(counts) <= value <= highest:
+            raise SystemExit(
+                f"{flag} must lie between {int(counts)} and {highest}, not at {value}."
+            )
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir:
@@ -584,8 +590,12 @@ def main(args: Args) -> dict[str, float]:
     optimizer = SharedRMSProp(list(net.parameters()), args.rmsprop_decay, args.rmsprop_eps)
     final_epsilons = draw_final_epsilons(args.num_workers * args.envs_per_worker)
     final_epsilons = final_epsilons.view(args.num_workers, -1).share_memory_()
-    shared = {"net": net.state_dict(), "target_net": target_net.state_dict(), "g": optimizer.g}
-    shared["final_epsilons"] = final_epsilons  # views of what the workers change
+    shared = {  # views of what the workers change
+        "net": net.state_dict(),
+        "target_net": target_net.state_dict(),
+        "g": optimizer.g,
+        "final_epsilons": final_epsilons,
+    }
 
     def evaluate_now(step: int, watch: Callable) -> dict[str, float]:
         film = run_dir / f"game_{step}.gif" if args.capture_video else None
@@ -606,7 +616,7 @@ def main(args: Args) -> dict[str, float]:
         target_net.load_state_dict(checkpoint["target_net"])
         for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
             g.copy_(saved_g)
-        if final_epsilons.shape == checkpoint["final_epsilons"].shape:
+        if final_epsilons.shape == checkpoint["final_epsilons"].shape:  # else drawn anew
             final_epsilons.copy_(checkpoint["final_epsilons"])
         first_step, seconds = checkpoint["T"], checkpoint["seconds"]
         if first_step >= args.total_timesteps:
@@ -614,7 +624,7 @@ def main(args: Args) -> dict[str, float]:
 
     from torch.utils.tensorboard import SummaryWriter  # not above: workers import this file, too
 
-    run_dir = open_run_dir(args, args.env_id, "async_nstep_q")
+    run_dir = open_run_dir(args, f"{args.env_id}-{args.algorithm}", "async_nstep_q")
     writer = SummaryWriter(run_dir)
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
     save = partial(save_checkpoint, run_dir / "checkpoint.pt", args=asdict(args), **shared)
