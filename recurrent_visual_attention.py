@@ -1,0 +1,738 @@
+"""Recurrent attention model (RAM): reads an image through a few small glimpses it chooses itself.
+
+    Paper    Mnih et al., "Recurrent models of visual attention", NIPS 2014
+    Shows    on cluttered digits glimpses beat a convolutional network of the same size (table 2)
+    Run      python recurrent_visual_attention.py --task cluttered
+    Result   not yet measured
+
+Departures: ours (the paper's). Numbers are compared with the NIPS version, not with arXiv's.
+    Adam, 1e-3 falling linearly to 0, batch 128 (SGD with momentum 0.9, batch 20, rate searched)
+    location deviation 0.2 of half the image's width (searched, not told)
+    the policy gradient trains the location network alone (section 3.2 reads: the core as well; with
+      Adam it then drowns the class, --reinforce-into-core wants a --reinforce-weight near 0.01)
+    the baseline is linear in h_t and trains itself alone (may depend on h_t)
+    clutter is added to the digit and the sum clipped ("added"); zeros outside the image (not told)
+    catch: entropy of the action rewarded with 0.01, Adam (not told)
+
+Symbols: x image, y label, l_t location (x, y) in [-1, 1]^2 with (-1, -1) the top left corner, mu_t
+its mean, rho retina, g_t glimpse, h_t state of the core, b_t baseline, R reward, M paths per image.
+Shapes: B images, S their width, N glimpses, k scales of g x g pixels.
+"""
+
+import csv
+import gzip
+import hashlib
+import math
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from sklearn import datasets
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Task = Literal["mnist", "translated", "cluttered", "cluttered100", "catch"]
+
+
+@dataclass
+class Args:
+    # The method
+    task: Task = "mnist"  # what is learned: digits as they are, moved, cluttered, or the game Catch
+    model: Literal["ram", "conv", "fc"] = "ram"  # conv, fc: the paper's baselines, which see it all
+    glimpse_policy: Literal["learned", "random", "centre"] = "learned"  # where the model looks
+    patch_size: int = 0  # g, pixels; 0: the paper's for the task (8, 12 or 6)
+    num_scales: int = 0  # k, patches of a glimpse; 0: the paper's for the task (1, 3 or 4)
+    num_glimpses: int = 0  # N; 0: 6 on mnist, else 8 (catch: one per frame)
+    location_std: float = 0.2  # deviation of a location around its mean, in half image widths
+    reinforce_weight: float = 1.0  # of the policy gradient beside the cross-entropy
+    reinforce_into_core: bool = False  # the policy gradient also trains core and glimpse network
+    monte_carlo_samples: int = 1  # M, paths per image in training
+    entropy_cost: float = 0.01  # catch: reward for undecided actions
+    fc_width: int = 256  # units of both hidden layers of fc (paper: 64 or 256)
+    # Optimisation
+    epochs: int = 100  # of 50,000 images (digits: 1,300; catch: 10,000 games)
+    batch_size: int = 128  # images or games
+    optimizer: Literal["adam", "sgd"] = "adam"  # sgd: momentum 0.9, the paper's
+    learning_rate: float = 1e-3  # at the start; falls linearly to 0
+    # The run
+    dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
+    data_dir: str = "data"  # mnist/ inside it holds the four gzipped files, downloaded if missing
+    eval_samples: int = 10  # paths per image whose class probabilities are averaged in evaluation
+    eval_every: int = 5  # epochs between two evaluations on validation images
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    seed: int = 1  # of every random number
+    run_dir: str = ""  # for logs, pictures, checkpoint.pt; default runs/TASK__SCRIPT__SEED__TIME
+    resume: str = ""  # a checkpoint.pt to continue from, in its own folder
+    evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
+
+
+# ---- The method ---------------------------------------------------------------------------------
+
+TASKS = {  # canvas S, patch_size g, num_scales k, num_glimpses N, clutter patches (section 4)
+    "mnist": (28, 8, 1, 6, 0),
+    "translated": (60, 12, 3, 8, 0),
+    "cluttered": (60, 12, 3, 8, 4),
+    "cluttered100": (100, 12, 4, 8, 8),
+    "catch": (24, 6, 3, 23, 0),
+}
+
+
+def integral_image(x: Tensor) -> Tensor:
+    """Sums [B, S+1, S+1] of all pixels above row i and left of column j, for bytes x [B, S, S].
+
+    They are whole numbers below 2^24, which float32 holds exactly.
+    """
+    return F.pad(x.float().cumsum(1).cumsum(2), (1, 0, 1, 0))
+
+
+class RetinaSensor(nn.Module):
+    """rho(x, l): k patches around l, each twice as wide as the last, all shrunk to g x g means.
+
+    Exact and without a loop: a mean over a block is four corners of the integral image. Corners
+    outside the image are moved onto its border, so that what lies there counts as zero.
+    """
+
+    def __init__(self, patch_size: int, num_scales: int):
+        super().__init__()
+        widths = 2 ** torch.arange(num_scales)[:, None]  # [k, 1] of the block behind one number
+        edges = widths * torch.arange(patch_size + 1) - widths * patch_size // 2
+        self.register_buffer("edges", edges, persistent=False)  # [k, g+1] pixels from the centre
+        self.register_buffer("areas", widths[:, :, None].square() * 255.0, persistent=False)
+
+    def forward(self, table: Tensor, l: Tensor) -> Tensor:
+        """[B, k, g, g] in [0, 1] from integral images [B, S+1, S+1] and locations [B, 2]."""
+        S = table.shape[-1] - 1
+        centre = ((l + 1) / 2 * S).round().long()[:, :, None, None]
+        columns, rows = (centre + self.edges).clamp_(0, S).unbind(1)  # [B, k, g+1]
+        corners = rows[..., :, None] * (S + 1) + columns[..., None, :]  # [B, k, g+1, g+1]
+        sums = table.flatten(1).gather(1, corners.flatten(1)).view(corners.shape)
+        return sums.diff(dim=-1).diff(dim=-2) / self.areas
+
+
+class GlimpseNetwork(nn.Module):
+    """g_t from what the retina sees and where it looks (section 3.1, figure 1B)."""
+
+    def __init__(self, retina_size: int):
+        super().__init__()
+        self.what, self.where = nn.Linear(retina_size, 128), nn.Linear(2, 128)
+        self.from_what, self.from_where = nn.Linear(128, 256), nn.Linear(128, 256)
+
+    def forward(self, rho: Tensor, l: Tensor) -> Tensor:
+        h_g, h_l = F.relu(self.what(rho.flatten(1))), F.relu(self.where(l))
+        return F.relu(self.from_what(h_g) + self.from_where(h_l))  # [B, 256]
+
+
+class CoreNetwork(nn.Module):
+    """h_t from h_(t-1) and g_t; with lstm the state is a pair (section 3.1)."""
+
+    def __init__(self, lstm: bool):
+        super().__init__()
+        self.lstm = nn.LSTMCell(256, 256) if lstm else None
+        if not lstm:
+            self.from_h, self.from_g = nn.Linear(256, 256), nn.Linear(256, 256)
+
+    def forward(self, g: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.lstm is not None:
+            return self.lstm(g, state)
+        return (F.relu(self.from_h(state[0]) + self.from_g(g)),)
+
+    def initial_state(self, B: int) -> tuple[Tensor, ...]:
+        zeros = next(self.parameters()).new_zeros(B, 256)
+        return (zeros,) if self.lstm is None else (zeros, zeros)
+
+
+class ActionNetwork(nn.Linear):
+    """Logits of the action [B, A] from h_t: the class of an image, or a move of the paddle."""
+
+
+class LocationNetwork(nn.Linear):
+    """mu_t [B, 2], the mean of the next location, from h_t."""
+
+
+class RecurrentAttentionModel(nn.Module):
+    """Retina, glimpse network, core, and on top of it action, location and baseline (figure 1C)."""
+
+    def __init__(self, patch_size: int, num_scales: int, num_actions: int, lstm: bool):
+        super().__init__()
+        self.retina = RetinaSensor(patch_size, num_scales)
+        self.glimpse = GlimpseNetwork(num_scales * patch_size**2)
+        self.core = CoreNetwork(lstm)
+        self.action = ActionNetwork(256, num_actions)
+        self.location = LocationNetwork(256, 2)
+        self.baseline = nn.Linear(256, 1)
+
+    def forward(
+        self, table: Tensor, l: Tensor, state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One glimpse at l; returns h_t [B, 256] and the core's state."""
+        state = self.core(self.glimpse(self.retina(table, l), l), state)
+        return state[0], state
+
+
+class Glimpses(NamedTuple):
+    """The glimpses of a minibatch; sample, mu and h are empty if the model did not choose."""
+
+    logits: Tensor  # [B, 10] after the last glimpse
+    l: Tensor  # [N, B, 2] where it looked, within the image
+    sample: Tensor  # [N-1, B, 2] the samples of the policy that l_1 .. l_(N-1) are clipped from
+    mu: Tensor  # [N-1, B, 2] their means
+    h: Tensor  # [N-1, B, 256] the states that chose them
+
+
+def look(
+    net: RecurrentAttentionModel,
+    x: Tensor,
+    num_glimpses: int,
+    policy: str = "learned",
+    std: float = 0.2,
+    reinforce_into_core: bool = False,
+) -> Glimpses:
+    """A path of N glimpses over images x [B, S, S]: the first location random, the rest chosen.
+
+    std 0 follows the means. The location after the last glimpse is used by nobody and left out.
+    """
+    table, state = integral_image(x), net.core.initial_state(len(x))
+    l = torch.rand(len(x), 2, device=x.device) * 2 - 1
+    if policy == "centre":
+        l = torch.zeros_like(l)
+    locations, samples, means, states = [], [], [], []
+    for n in range(num_glimpses):
+        locations.append(l)
+        h, state = net(table, l, state)
+        if n == num_glimpses - 1:
+            break
+        if policy == "random":
+            l = torch.rand_like(l) * 2 - 1
+        elif policy == "learned":
+            mu = net.location(h if reinforce_into_core else h.detach())
+            sample = (mu + std * torch.randn_like(mu)).detach()
+            l = sample.clamp(-1, 1)
+            samples.append(sample)
+            means.append(mu)
+            states.append(h)
+    stacks = (torch.stack(part) if part else l.new_zeros(0) for part in (samples, means, states))
+    return Glimpses(net.action(h), torch.stack(locations), *stacks)
+
+
+def location_log_prob(sample: Tensor, mu: Tensor, std: float) -> Tensor:
+    """log pi(sample) of a Gaussian with one deviation for x and y, [..., 2] to [...]."""
+    return -(sample - mu).square().sum(-1) / (2 * std**2) - math.log(2 * math.pi * std**2)
+
+
+def reinforce_loss(log_pi: Tensor, R: Tensor, b: Tensor) -> Tensor:
+    """Its gradient is that of -E[R] (eq. 2), a sum over time and mean over paths; all [T, B]."""
+    return -(log_pi * (R - b).detach()).sum(0).mean()
+
+
+def baseline_loss(R: Tensor, b: Tensor) -> Tensor:
+    """(R - b_t)^2 fits b_t to the reward that follows (section 3.2)."""
+    return (R - b).square().sum(0).mean()
+
+
+def hybrid_loss(
+    net: RecurrentAttentionModel, seen: Glimpses, y: Tensor, std: float, weight: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy for the class, REINFORCE for the locations (section 3.2, hybrid supervised)."""
+    R = (seen.logits.argmax(-1) == y).float()  # the reward, at the last step alone
+    classification = F.cross_entropy(seen.logits, y)
+    losses = {"losses/cross_entropy": classification.item(), "charts/reward": R.mean().item()}
+    if not len(seen.mu):
+        return classification, losses
+    b = net.baseline(seen.h.detach()).squeeze(-1)  # [N-1, B]
+    log_pi = location_log_prob(seen.sample, seen.mu, std)
+    locating, fitting = reinforce_loss(log_pi, R, b), baseline_loss(R, b)
+    losses |= {"losses/reinforce": locating.item(), "losses/baseline": fitting.item()}
+    return classification + weight * locating + fitting, losses
+
+
+class ConvolutionalNetwork(nn.Sequential):
+    """The paper's baseline: 8 filters of 10x10, stride 5, then 256 units; sees all of x."""
+
+    def __init__(self, S: int):
+        size = 8 * ((S - 10) // 5 + 1) ** 2
+        layers = [nn.Conv2d(1, 8, 10, 5), nn.ReLU(), nn.Flatten(), nn.Linear(size, 256), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(256, 10))
+
+
+class FullyConnectedNetwork(nn.Sequential):
+    """The paper's other baseline: two hidden layers; sees all of x."""
+
+    def __init__(self, S: int, width: int):
+        layers = [nn.Flatten(), nn.Linear(S * S, width), nn.ReLU(), nn.Linear(width, width)]
+        super().__init__(*layers, nn.ReLU(), nn.Linear(width, 10))
+
+
+# ---- The data -----------------------------------------------------------------------------------
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_MD5 = {  # of the unpacked files
+    "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def download_mnist(path: Path) -> None:
+    """Fetch one of the four files whole, or leave nothing behind."""
+    url = MNIST_URL + path.name
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+    except OSError as error:
+        raise SystemExit(
+            f"{path} is missing and {url} cannot be reached ({error}).\n"
+            "Put it there, point --data-dir at a folder that has mnist/, or use --dataset digits."
+        ) from None
+    if hashlib.md5(gzip.decompress(content)).hexdigest() != MNIST_MD5[path.name]:
+        raise SystemExit(f"{url} did not send MNIST: its checksum is wrong.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_bytes(content)
+    path.with_suffix(".part").replace(path)
+
+
+def load_mnist(data_dir: str, split: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
+    """Images [N, 28, 28] as bytes and labels [N]; a missing file is downloaded."""
+    arrays = []
+    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
+        path = Path(data_dir, "mnist", f"{split}-{kind}-ubyte.gz")
+        if not path.exists():
+            download_mnist(path)
+        try:
+            content = gzip.decompress(path.read_bytes())
+            arrays.append(np.frombuffer(content, np.uint8, offset=header))
+        except (OSError, EOFError, ValueError) as error:
+            raise SystemExit(f"{path} is damaged ({error}); delete it to fetch it again.") from None
+    images, labels = arrays
+    return torch.tensor(images.reshape(-1, 28, 28)), torch.tensor(labels, dtype=torch.long)
+
+
+def load_digits(split: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1797 8x8 digits in MNIST's format: 20x20 inside 28x28, bytes."""
+    digits = datasets.load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
+    images = F.pad(F.interpolate(images, size=20, mode="bilinear"), (4, 4, 4, 4))
+    images = images[:, 0].round().byte()
+    labels = torch.tensor(digits.target, dtype=torch.long)
+    part = slice(0, 1500) if split == "train" else slice(1500, None)
+    return images[part], labels[part]
+
+
+def place(canvas: Tensor, patches: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Add patches [B, w, w] to canvas [B, S, S], each at a random place, borders included.
+
+    Returns their centres [B, 2] as locations (x, y).
+    """
+    B, S, w = len(canvas), canvas.shape[-1], patches.shape[-1]
+    corner = torch.randint(S - w + 1, (B, 2), generator=generator, device=canvas.device)
+    columns, rows = (corner[:, :, None] + torch.arange(w, device=canvas.device)).unbind(1)
+    image = torch.arange(B, device=canvas.device)[:, None, None]
+    canvas[image, rows[:, :, None], columns[:, None, :]] += patches
+    return (corner + w / 2) / S * 2 - 1
+
+
+def make_images(
+    digits: Tensor, S: int, num_clutter: int, pool: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Images [B, S, S] of translated and cluttered digits [B, 28, 28], and where the digits are.
+
+    To each come num_clutter 8x8 pieces of other digits, drawn from pool (section 4.1). Bytes.
+    """
+    B, device = len(digits), digits.device
+    canvas = torch.zeros(B, S, S, dtype=torch.int16, device=device)
+    centres = place(canvas, digits, generator)
+    for _ in range(num_clutter):
+        others = pool[torch.randint(len(pool), (B,), generator=generator, device=device)]
+        corner = torch.randint(28 - 8 + 1, (B, 2), generator=generator, device=device)
+        rows, columns = (corner[:, :, None] + torch.arange(8, device=device)).unbind(1)
+        image = torch.arange(B, device=device)[:, None, None]
+        place(canvas, others[image, rows[:, :, None], columns[:, None, :]], generator)
+    return canvas.clamp_(max=255).byte(), centres
+
+
+GAMES_PER_EPOCH, GAMES_IN_EVALUATION = 10_000, 5_000
+
+
+class Catch:
+    """B games side by side of a ball that falls and a paddle that is to be there (section 4.2).
+
+    The ball starts anywhere in the top row and moves -1, 0 or 1 columns per frame, off the walls.
+    The paddle of two pixels starts in the middle. A game ends when the ball is in the bottom row.
+    """
+
+    def __init__(self, B: int, S: int, device: torch.device | str):
+        self.S, self.row = S, 0
+        self.column = torch.randint(S, (B,), device=device)
+        self.drift = torch.randint(-1, 2, (B,), device=device)
+        self.paddle = torch.full_like(self.column, S // 2 - 1)  # its left pixel
+
+    def screen(self) -> Tensor:
+        """[B, S, S], bytes of 0 and 255."""
+        games = torch.arange(len(self.column), device=self.column.device)
+        screen = torch.zeros(
+            len(games), self.S, self.S, dtype=torch.uint8, device=self.column.device
+        )
+        screen[games, self.row, self.column] = 255
+        screen[games, -1, self.paddle] = screen[games, -1, self.paddle + 1] = 255
+        return screen
+
+    def step(self, a: Tensor) -> Tensor:
+        """Move the paddles by a - 1 (left, stay, right), then the balls; 1 where one is caught."""
+        self.paddle = (self.paddle + a - 1).clamp(0, self.S - 2)
+        self.row += 1
+        column = self.column + self.drift
+        self.drift = torch.where((column < 0) | (column >= self.S), -self.drift, self.drift)
+        self.column = self.column + self.drift
+        caught = (self.column == self.paddle) | (self.column == self.paddle + 1)
+        return (caught & (self.row == self.S - 1)).float()
+
+
+# ---- Evaluation and training --------------------------------------------------------------------
+
+
+class Play(NamedTuple):
+    """B games of Catch and the policy's part in them."""
+
+    log_pi_a: Tensor  # [T, B] of the moves
+    log_pi_l: Tensor  # [T-1, B] of the locations that were looked at
+    entropy: Tensor  # [T, B] of the moves
+    b: Tensor  # [T, B]
+    R: Tensor  # [B] 1 for a caught ball
+    screens: Tensor  # [T, B, S, S]
+    l: Tensor  # [T, B, 2] where it looked
+
+
+def play_catch(net: RecurrentAttentionModel, B: int, S: int, std: float, greedy: bool) -> Play:
+    """Whole games. greedy: the likeliest move and the mean location instead of samples."""
+    device = net.baseline.weight.device
+    game, state = Catch(B, S, device), net.core.initial_state(B)
+    l = torch.rand(B, 2, device=device) * 2 - 1
+    frames = []
+    for _ in range(S - 1):
+        screen = game.screen()
+        h, state = net(integral_image(screen), l, state)
+        log_pi = net.action(h).log_softmax(-1)  # [B, 3]
+        a = log_pi.argmax(-1) if greedy else log_pi.exp().multinomial(1).squeeze(1)
+        mu = net.location(h)
+        sample = mu.detach() if greedy else (mu + std * torch.randn_like(mu)).detach()
+        log_pi_a = log_pi.gather(1, a[:, None]).squeeze(1)
+        log_pi_l = location_log_prob(sample, mu, std)
+        entropy = -(log_pi.exp() * log_pi).sum(-1)
+        frames.append((log_pi_a, log_pi_l, entropy, net.baseline(h.detach())[:, 0], screen, l))
+        l, R = sample.clamp(-1, 1), game.step(a)
+    log_pi_a, log_pi_l, entropy, b, screens, locations = map(torch.stack, zip(*frames))
+    return Play(log_pi_a, log_pi_l[:-1], entropy, b, R, screens, locations)
+
+
+def catch_loss(play: Play, args: Args) -> tuple[Tensor, dict[str, float]]:
+    """REINFORCE alone, for moves and locations alike: the reward comes after the last frame."""
+    acting = reinforce_loss(play.log_pi_a, play.R, play.b)
+    locating = reinforce_loss(play.log_pi_l, play.R, play.b[:-1])
+    fitting, entropy = baseline_loss(play.R, play.b), play.entropy.sum(0).mean()
+    losses = {"losses/reinforce": (acting + locating).item(), "losses/baseline": fitting.item()}
+    losses |= {
+        "losses/entropy": entropy.item() / len(play.b),
+        "charts/reward": play.R.mean().item(),
+    }
+    loss = acting + args.reinforce_weight * locating + fitting - args.entropy_cost * entropy
+    return loss, losses
+
+
+class Images(NamedTuple):
+    """A data set that stays as it is, for validation or test."""
+
+    x: Tensor  # [N, S, S] bytes
+    y: Tensor  # [N] labels
+    centres: Tensor  # [N, 2] where the digits are, as locations
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, args: Args, images: Images | None) -> dict[str, float]:
+    """Errors and catches in percent, of means (deterministic) and of samples averaged.
+
+    Without images: of games of Catch. The global random state is left as it was.
+    """
+    S, _, _, num_glimpses, _ = settings(args)
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        if images is None:
+            plays = (play_catch(net, GAMES_IN_EVALUATION, S, args.location_std, g) for g in (1, 0))
+            caught, sampled = (100 * play.R.mean().item() for play in plays)
+            return {"eval/caught": caught, "eval/caught_sampled": sampled}
+        wrong, wrong_mean, distance = 0, 0, 0.0
+        for x, y, centres in zip(*(part.split(1000) for part in images)):
+            if args.model != "ram":
+                wrong += (net(x[:, None] / 255).argmax(1) != y).sum().item()
+                continue
+            seen = look(net, x, num_glimpses, args.glimpse_policy, std=0.0)
+            wrong += (seen.logits.argmax(1) != y).sum().item()
+            distance += (seen.l[-1] - centres).norm(dim=1).sum().item()
+            p = sum(
+                look(net, x, num_glimpses, args.glimpse_policy, args.location_std).logits.softmax(1)
+                for _ in range(args.eval_samples)
+            )
+            wrong_mean += (p.argmax(1) != y).sum().item()
+    N = len(images.y)
+    if args.model != "ram":
+        return {"eval/error": 100 * wrong / N}
+    return {
+        "eval/error": 100 * wrong_mean / N,
+        "eval/error_deterministic": 100 * wrong / N,
+        "eval/distance": distance / N * S / 2,  # pixels from the last glimpse to the digit's centre
+    }
+
+
+def settings(args: Args) -> tuple[int, int, int, int, int]:
+    """S, g, k, N and the number of clutter patches: the paper's unless flags say otherwise."""
+    S, patch_size, num_scales, num_glimpses, num_clutter = TASKS[args.task]
+    patch_size, num_scales = args.patch_size or patch_size, args.num_scales or num_scales
+    return S, patch_size, num_scales, args.num_glimpses or num_glimpses, num_clutter
+
+
+def make_net(args: Args) -> nn.Module:
+    S, patch_size, num_scales, _, _ = settings(args)
+    if args.model == "conv":
+        return ConvolutionalNetwork(S)
+    if args.model == "fc":
+        return FullyConnectedNetwork(S, args.fc_width)
+    catch = args.task == "catch"
+    num_actions = 3 if catch else 10
+    return RecurrentAttentionModel(patch_size, num_scales, num_actions, lstm=catch)
+
+
+def image_losses(
+    net: nn.Module, args: Args, digits: Tensor, labels: Tensor
+) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    """The losses of an epoch's minibatches; every image is made anew."""
+    S, _, _, num_glimpses, num_clutter = settings(args)
+    for batch in torch.randperm(len(digits)).to(digits.device).split(args.batch_size):
+        x, _ = make_images(digits[batch], S, num_clutter, pool=digits)
+        y = labels[batch]
+        if args.model != "ram":
+            loss = F.cross_entropy(net(x[:, None] / 255), y)
+            yield loss, {"losses/cross_entropy": loss.item()}
+            continue
+        x, y = (part.repeat_interleave(args.monte_carlo_samples, 0) for part in (x, y))
+        how = args.glimpse_policy, args.location_std, args.reinforce_into_core
+        seen = look(net, x, num_glimpses, *how)
+        yield hybrid_loss(net, seen, y, args.location_std, args.reinforce_weight)
+
+
+def game_losses(net: nn.Module, args: Args) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    """The losses of an epoch's minibatches of games."""
+    S = settings(args)[0]
+    for _ in range(GAMES_PER_EPOCH // args.batch_size):
+        yield catch_loss(play_catch(net, args.batch_size, S, args.location_std, greedy=False), args)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down the gradient of a minibatch."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def report(writer, step: int, metrics: dict[str, float]) -> None:
+    """The same numbers to the terminal, to tensorboard and to metrics.csv."""
+    tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+    with open(Path(writer.log_dir, "metrics.csv"), "a", newline="") as file:
+        csv.writer(file).writerows([step, name, value] for name, value in metrics.items())
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> dict:
+    """What save_checkpoint wrote, its parameters put into net.
+
+    The flags named in shaping must be those of the run that wrote it.
+    """
+    try:
+        checkpoint = torch.load(path)
+        for name in shaping:
+            theirs, ours = checkpoint["args"][name], getattr(args, name)
+            if theirs != ours:
+                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+        net.load_state_dict(checkpoint["net"])
+    except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
+        kind = type(error).__name__
+        raise SystemExit(
+            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+        ) from None
+    return checkpoint
+
+
+def open_run_dir(args: Args, task: str, script: str) -> Path:
+    """The folder of this run: that of the checkpoint it resumes, or a new one."""
+    if args.resume:
+        return Path(args.resume).parent
+    name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    if (run_dir / "checkpoint.pt").exists():
+        raise SystemExit(
+            f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
+            "another --run-dir begins anew."
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+    return run_dir
+
+
+def check(args: Args) -> None:
+    """Refuse numbers that no run can have and flags that exclude each other."""
+    for field in fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        counts = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
+        highest = 1 if field.name in ("discount", "rmsprop_decay", "eval_epsilon") else 2**32 - 1
+        if type(value) in (int, float) and not int(counts) <= value <= highest:
+            raise SystemExit(
+                f"{flag} must lie between {int(counts)} and {highest}, not at {value}."
+            )
+    if args.resume and args.evaluate:
+        raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
+    if args.resume and args.run_dir:
+        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def draw_glimpses(net: nn.Module, args: Args, images: Images, path: Path) -> None:
+    """The model's path over test images, with the finest patch of the first and last glimpse."""
+    S, patch_size, _, num_glimpses, _ = settings(args)
+    figure, axes = plt.subplots(2, 6, figsize=(12, 4.4))
+    with torch.no_grad():
+        seen = look(net, images.x[:12], num_glimpses, args.glimpse_policy, std=0.0)
+    for i, axis in enumerate(axes.flat):
+        axis.imshow(images.x[i].cpu(), cmap="gray_r")
+        x, y = ((seen.l[:, i].cpu() + 1) / 2 * S - 0.5).T
+        axis.plot(x, y, "-", color="tab:blue", lw=1)
+        axis.scatter(x, y, c=range(num_glimpses), cmap="viridis", s=14, zorder=3)
+        for n, colour in ((0, "tab:gray"), (-1, "tab:red")):
+            corner = x[n] - patch_size / 2, y[n] - patch_size / 2
+            axis.add_patch(plt.Rectangle(corner, patch_size, patch_size, fill=False, ec=colour))
+        axis.set(title=f"{images.y[i]} read as {seen.logits[i].argmax()}", xticks=[], yticks=[])
+        axis.set(xlim=(-0.5, S - 0.5), ylim=(S - 0.5, -0.5))
+    figure.savefig(path, dpi=90, bbox_inches="tight")
+    plt.close(figure)
+
+
+@torch.no_grad()
+def film_catch(net: nn.Module, args: Args, path: Path) -> None:
+    """Eight games as a GIF; a red square shows where the finest patch of the retina lies."""
+    S, patch_size, *_ = settings(args)
+    play, frames = play_catch(net, 8, S, args.location_std, greedy=True), []
+    corners = ((play.l + 1) / 2 * S).round().long() - patch_size // 2  # [T, B, 2]
+    for i in range(8):
+        for screen, corner in zip(play.screens[:, i].cpu(), corners[:, i].cpu()):
+            picture = screen.numpy().repeat(8, 0).repeat(8, 1)[..., None].repeat(3, 2)
+            x0, y0 = (8 * corner).clamp(0, 8 * S - 1).tolist()
+            x1, y1 = (8 * (corner + patch_size) - 1).clamp(0, 8 * S - 1).tolist()
+            picture[[y0, y1], x0 : x1 + 1] = picture[y0 : y1 + 1, [x0, x1]] = (255, 60, 60)
+            frames.append(Image.fromarray(picture))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=60, loop=0)
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    if args.task == "catch" and args.model != "ram":
+        raise SystemExit("--task catch is played by --model ram alone.")
+    if args.location_std == 0:
+        raise SystemExit("--location-std must be above 0: without noise no policy is learned.")
+    torch.manual_seed(args.seed)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = make_net(args).to(device)
+    validation = test = None
+    losses = partial(game_losses, net, args)
+    if args.task != "catch":
+        load = {"mnist": partial(load_mnist, args.data_dir), "digits": load_digits}[args.dataset]
+        (digits, labels), (test_digits, test_labels) = (
+            [part.to(device) for part in load(split)] for split in ("train", "t10k")
+        )
+        held_out = len(digits) // 6  # 10,000 of 60,000
+        frozen = torch.Generator(device).manual_seed(2014)  # the same sets for every run
+        S, *_, num_clutter = settings(args)
+        pool = digits[:-held_out]
+        x, centres = make_images(digits[-held_out:], S, num_clutter, pool, frozen)
+        validation = Images(x, labels[-held_out:], centres)
+        x, centres = make_images(test_digits, S, num_clutter, pool, frozen)
+        test = Images(x, test_labels, centres)
+        losses = partial(image_losses, net, args, pool, labels[:-held_out])
+
+    kinds = {"adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+    optimizer = kinds[args.optimizer](net.parameters(), args.learning_rate)
+    shaping = ("task", "model", "dataset", "patch_size", "num_scales", "num_glimpses", "fc_width")
+    first_epoch, seconds = 1, 0.0
+    if args.evaluate:
+        load_checkpoint(Path(args.evaluate), args, net, *shaping)
+        return evaluate(net, args, test)
+    if args.resume:
+        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"].cpu())
+        first_epoch, seconds = checkpoint["epoch"] + 1, checkpoint["seconds"]
+        if first_epoch > args.epochs:
+            raise SystemExit(f"{args.resume} has had {args.epochs} epochs: raise --epochs.")
+
+    run_dir = open_run_dir(args, args.task, "recurrent_visual_attention")
+    writer = SummaryWriter(run_dir)
+    writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
+    try:
+        for epoch in tqdm(range(first_epoch, args.epochs + 1), unit="epoch", disable=None):
+            start, watched = time.perf_counter(), []
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * (1 - (epoch - 1) / args.epochs)
+            for loss, parts in losses():
+                if not torch.isfinite(loss):
+                    raise SystemExit(
+                        f"The loss is {loss.item()} in step {len(watched)} of epoch {epoch}: the "
+                        "run stops. A smaller --learning-rate may help."
+                    )
+                update(optimizer, loss)
+                watched.append(parts)
+            seconds += time.perf_counter() - start
+
+            metrics = {tag: float(np.mean([parts[tag] for parts in watched])) for tag in watched[0]}
+            metrics["charts/SPS"] = len(watched) * args.batch_size / (time.perf_counter() - start)
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["charts/minutes"] = seconds / 60
+            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
+            save_checkpoint(run_dir / "checkpoint.pt", epoch=epoch, **state)
+            if epoch == args.epochs:
+                metrics |= evaluate(net, args, test)
+            elif epoch % args.eval_every == 0:
+                scores = evaluate(net, args, validation)
+                metrics |= {tag.replace("eval/", "validation/"): v for tag, v in scores.items()}
+            report(writer, epoch, metrics)
+    except KeyboardInterrupt:
+        path = run_dir / "checkpoint.pt"
+        raise SystemExit(f"Stopped; go on with the same flags and --resume {path}") from None
+    finally:
+        writer.close()
+    if args.task == "catch":
+        film_catch(net, args, run_dir / "games.gif")
+    elif args.model == "ram":
+        draw_glimpses(net, args, test, run_dir / "glimpses.png")
+    return metrics
+
+
+if __name__ == "__main__":
+    print(main(tyro.cli(Args, description=__doc__)))

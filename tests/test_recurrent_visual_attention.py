@@ -1,0 +1,401 @@
+"""recurrent_visual_attention.py against the public bugs of its paper's sheet.
+
+Caught here: a location network without any gradient, or with that of the cross-entropy; a sample
+that is not detached; log-probabilities of the clipped sample, or of the last, unused location;
+log-probabilities averaged before the reward; a baseline that trains the core; patches of 16/32/64
+or 12/24/36 pixels; borders replicated instead of zero; an exclusive upper bound of the digit's
+place; a test set made anew at each evaluation; random numbers that evaluation takes from training.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import http.server
+import math
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from running import ROOT
+from torch.distributions import Independent, Normal
+
+import recurrent_visual_attention as ram
+from recurrent_visual_attention import Args, RecurrentAttentionModel, RetinaSensor
+
+DIGITS = {"dataset": "digits", "device": "cpu"}
+
+
+# ---- Equations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("S", "patch_size", "num_scales"), [(28, 8, 1), (60, 12, 3), (24, 6, 3)])
+def test_math_retina_is_that_of_slow_indexing(S, patch_size, num_scales):
+    """In the centre, on the corners and beyond: means of blocks, zero outside the image."""
+    x = torch.randint(0, 256, (7, S, S), dtype=torch.uint8)
+    l = torch.tensor([[0, 0], [-1, -1], [1, 1], [-1, 1], [0.3, -0.7], [0.99, 0.01], [-0.5, 0.5]])
+    seen = RetinaSensor(patch_size, num_scales)(ram.integral_image(x), l)
+    assert seen.shape == (7, num_scales, patch_size, patch_size)
+    for b in range(7):
+        centre = [round((l[b, axis].item() + 1) / 2 * S) for axis in (0, 1)]
+        for k in range(num_scales):
+            block = 2**k
+            for i in range(patch_size):
+                for j in range(patch_size):
+                    top = centre[1] - patch_size * block // 2 + i * block
+                    left = centre[0] - patch_size * block // 2 + j * block
+                    total = 0
+                    for row in range(max(0, top), min(S, top + block)):
+                        for column in range(max(0, left), min(S, left + block)):
+                            total += x[b, row, column].item()
+                    assert seen[b, k, i, j].item() == pytest.approx(
+                        total / (255 * block**2), abs=1e-7
+                    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [((12, 3, 10, False), 256_781), ((12, 4, 10, False), 275_213), ((8, 1, 10, False), 209_677)],
+)
+def test_math_parameter_counts(shape, count):
+    assert sum(p.numel() for p in RecurrentAttentionModel(*shape).parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("net", "count"),
+    [
+        (ram.ConvolutionalNetwork(60), 251_442),
+        (ram.ConvolutionalNetwork(100), 742_962),
+        (ram.FullyConnectedNetwork(60, 64), 235_274),
+    ],
+)
+def test_math_parameter_counts_of_the_baselines(net, count):
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+def test_math_location_log_prob_is_that_of_a_normal():
+    sample, mu = torch.randn(4, 5, 2).double(), torch.randn(4, 5, 2).double()
+    expected = Independent(Normal(mu, 0.3), 1).log_prob(sample)
+    torch.testing.assert_close(ram.location_log_prob(sample, mu, 0.3), expected)
+
+
+def test_math_glimpse_and_core_are_those_of_the_paper():
+    net = RecurrentAttentionModel(12, 3, 10, lstm=False)
+    rho, l, h = torch.rand(5, 3, 12, 12), torch.rand(5, 2), torch.rand(5, 256)
+    g, core = net.glimpse, net.core
+    h_g = (rho.flatten(1) @ g.what.weight.T + g.what.bias).relu()
+    h_l = (l @ g.where.weight.T + g.where.bias).relu()
+    expected = h_g @ g.from_what.weight.T + g.from_what.bias
+    expected = (expected + h_l @ g.from_where.weight.T + g.from_where.bias).relu()
+    torch.testing.assert_close(g(rho, l), expected)
+    h_t = h @ core.from_h.weight.T + core.from_h.bias
+    h_t = (h_t + expected @ core.from_g.weight.T + core.from_g.bias).relu()
+    torch.testing.assert_close(core(expected, (h,))[0], h_t)
+
+
+def test_math_reinforce_is_unbiased():
+    """Two steps of a policy over three choices: the mean estimate is the gradient of E[R]."""
+    torch.manual_seed(0)
+    theta = torch.tensor(
+        [[0.2, -0.5, 0.1], [0.4, 0.0, -0.3]], dtype=torch.float64, requires_grad=True
+    )
+    rewards = torch.rand(3, 3, dtype=torch.float64)
+    pi = theta.softmax(-1)
+    expected = -torch.einsum("i,j,ij->", pi[0], pi[1], rewards)
+    (exact,) = torch.autograd.grad(expected, theta)
+    n = 200_000
+    log_pi = theta.log_softmax(-1)
+    a = log_pi.detach().exp().multinomial(n, replacement=True)  # [2, n]
+    b = torch.tensor([[0.3], [0.7]], dtype=torch.float64, requires_grad=True)
+    loss = ram.reinforce_loss(log_pi.gather(1, a), rewards[a[0], a[1]], b)
+    estimate, to_baseline = torch.autograd.grad(loss, (theta, b), allow_unused=True)
+    assert to_baseline is None
+    torch.testing.assert_close(estimate, exact, atol=4e-3, rtol=0)
+
+
+def test_math_baseline_fits_the_reward():
+    R, b = torch.rand(6), torch.rand(4, 6, requires_grad=True)
+    ram.baseline_loss(R, b).backward()
+    torch.testing.assert_close(b.grad, 2 * (b.detach() - R) / 6)
+
+
+# ---- Glimpses -----------------------------------------------------------------------------------
+
+
+def glimpses(**kwargs):
+    torch.manual_seed(0)
+    net = RecurrentAttentionModel(8, 1, 10, lstm=False)
+    x = torch.randint(0, 256, (6, 28, 28), dtype=torch.uint8)
+    return net, ram.look(net, x, 5, **kwargs), x
+
+
+def test_math_look_samples_around_its_means_and_clips_where_it_looks():
+    net = RecurrentAttentionModel(8, 1, 10, lstm=False)
+    x = torch.randint(0, 256, (3000, 28, 28), dtype=torch.uint8)
+    with torch.no_grad():
+        net.location.bias[:] = torch.tensor([0.9, 0.0])
+        seen = ram.look(net, x, 3, std=0.2)
+    noise = seen.sample - seen.mu
+    assert noise.std().item() == pytest.approx(0.2, abs=0.01) and abs(noise.mean()) < 0.01
+    assert (seen.sample > 1).any() and seen.l.abs().max() <= 1
+    torch.testing.assert_close(seen.l[1:], seen.sample.clamp(-1, 1))
+    assert seen.l[0].std().item() == pytest.approx(1 / math.sqrt(3), abs=0.02)
+    assert seen.l.shape == (3, 3000, 2) and seen.mu.shape == (2, 3000, 2)  # l_3 is used by nobody
+
+
+def test_math_look_follows_the_recurrence():
+    net, seen, x = glimpses()
+    table, state = ram.integral_image(x), net.core.initial_state(6)
+    for n in range(5):
+        h, state = net(table, seen.l[n], state)
+        if n < 4:
+            torch.testing.assert_close(seen.h[n], h)
+            torch.testing.assert_close(seen.mu[n], net.location(h))
+    torch.testing.assert_close(seen.logits, net.action(h))
+
+
+@pytest.mark.parametrize("policy", ["random", "centre"])
+def test_math_other_policies_choose_nothing(policy):
+    net, seen, _ = glimpses(policy=policy)
+    assert seen.mu.numel() == 0 and seen.sample.numel() == 0
+    assert (seen.l == 0).all() if policy == "centre" else seen.l.unique().numel() > 50
+    loss, _ = ram.hybrid_loss(net, seen, torch.zeros(6, dtype=torch.long), 0.2, 1.0)
+    expected = F.cross_entropy(seen.logits, torch.zeros(6, dtype=torch.long))
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("into_core", [False, True])
+def test_gradient_routes(into_core):
+    """Who is trained by what: the location network by REINFORCE alone, the baseline by itself."""
+    net, seen, _ = glimpses(reinforce_into_core=into_core)
+    y = seen.logits.argmax(-1).clone()
+    y[:3] = (y[:3] + 1) % 10  # half of them wrong: rewards differ
+    R = (seen.logits.argmax(-1) == y).float()
+    b = net.baseline(seen.h.detach()).squeeze(-1)
+    log_pi = ram.location_log_prob(seen.sample, seen.mu, 0.2)
+    parts = {
+        "class": F.cross_entropy(seen.logits, y),
+        "reinforce": ram.reinforce_loss(log_pi, R, b),
+        "baseline": ram.baseline_loss(R, b),
+    }
+    reached = {}
+    for name, loss in parts.items():
+        parameters = dict(net.named_parameters())
+        gradients = torch.autograd.grad(
+            loss, list(parameters.values()), retain_graph=True, allow_unused=True
+        )
+        reached[name] = {
+            parameter.split(".")[0]
+            for parameter, gradient in zip(parameters, gradients)
+            if gradient is not None and gradient.abs().sum() > 0
+        }
+    assert reached["class"] == {"glimpse", "core", "action"}
+    assert reached["reinforce"] == {"location"} | ({"glimpse", "core"} if into_core else set())
+    assert reached["baseline"] == {"baseline"}
+    loss, _ = ram.hybrid_loss(net, seen, y, 0.2, 0.5)
+    expected = parts["class"] + 0.5 * parts["reinforce"] + parts["baseline"]
+    torch.testing.assert_close(loss, expected)
+
+
+# ---- Data ---------------------------------------------------------------------------------------
+
+
+def test_math_digits_reach_every_place_borders_included():
+    digits = torch.full((20_000, 28, 28), 7, dtype=torch.uint8)
+    x, centres = ram.make_images(digits, 32, 0, digits)
+    assert x.shape == (20_000, 32, 32) and (x.flatten(1).sum(1) == 7 * 28 * 28).all()
+    corners = ((centres + 1) / 2 * 32 - 14).round().long()
+    assert corners.min() == 0 and corners.max() == 4
+    counts = torch.bincount(corners[:, 0] * 5 + corners[:, 1], minlength=25)
+    assert (counts - 800).abs().max() < 4 * math.sqrt(800)
+    for i in range(10):
+        assert (x[i, corners[i, 1] :, corners[i, 0] :][:28, :28] == 7).all()
+
+
+def test_math_clutter_is_added_and_clipped():
+    """Four 8x8 pieces: added to a digit of 200, clipped at 255, cut from the pool."""
+    digits = torch.full((500, 28, 28), 200, dtype=torch.uint8)
+    pool = torch.full((3, 28, 28), 100, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    x, _ = ram.make_images(digits, 60, 4, pool, generator)
+    values = set(x.unique().tolist())
+    assert values <= {0, 100, 200, 255, 300 - 45} and {100, 200, 255} <= values
+    cluttered = (x == 100).flatten(1).sum(1) + (x == 255).flatten(1).sum(1)
+    assert cluttered.max() <= 4 * 64 and cluttered.float().mean() > 200
+    again, _ = ram.make_images(digits, 60, 4, pool, torch.Generator().manual_seed(0))
+    assert torch.equal(x, again)
+
+
+def test_math_catch_physics():
+    torch.manual_seed(0)
+    game = ram.Catch(500, 24, "cpu")
+    assert set(game.drift.tolist()) == {-1, 0, 1} and len(set(game.column.tolist())) == 24
+    rewards = []
+    for row in range(23):
+        screen = game.screen()
+        assert (screen[:, row] == 255).sum() == 500 and (screen[:, 23] == 255).sum() == 1000
+        assert screen.flatten(1).sum(1).eq(3 * 255).all()
+        column, drift = game.column.clone(), game.drift.clone()
+        paddle = game.paddle.clone()
+        a = torch.randint(3, (500,))
+        rewards.append(game.step(a))
+        assert torch.equal(game.paddle, (paddle + a - 1).clamp(0, 22))
+        bounced = (column + drift < 0) | (column + drift > 23)
+        assert torch.equal(game.column, torch.where(bounced, column - drift, column + drift))
+        assert game.column.min() >= 0 and game.column.max() <= 23
+    assert all((r == 0).all() for r in rewards[:-1])
+    caught = (game.column == game.paddle) | (game.column == game.paddle + 1)
+    assert torch.equal(rewards[-1], caught.float()) and 0 < caught.float().mean() < 0.3
+
+
+def test_math_a_perfect_player_catches_every_ball():
+    torch.manual_seed(0)
+    game, ahead = ram.Catch(1000, 24, "cpu"), ram.Catch(1000, 24, "cpu")
+    ahead.column, ahead.drift = game.column.clone(), game.drift.clone()
+    for _ in range(23):
+        ahead.step(torch.ones(1000, dtype=torch.long))
+    for _ in range(23):
+        R = game.step(1 + (ahead.column.clamp(max=22) - game.paddle).sign())
+    assert R.mean() == 1
+
+
+# ---- Runs ---------------------------------------------------------------------------------------
+
+
+def test_learns_digits_and_goes_on_bit_for_bit(tmp_path):
+    args = Args(**DIGITS, epochs=14, batch_size=32, learning_rate=3e-3, eval_every=7)
+    args = dataclasses.replace(args, run_dir=str(tmp_path / "whole"))
+    metrics = ram.main(args)
+    assert metrics["eval/error"] < 70  # chance: 90
+    assert (tmp_path / "whole" / "glimpses.png").stat().st_size > 5000
+    checkpoint = str(tmp_path / "whole" / "checkpoint.pt")
+    evaluated = ram.main(dataclasses.replace(args, run_dir="", evaluate=checkpoint))
+    assert evaluated == {tag: value for tag, value in metrics.items() if tag in evaluated}
+
+    first = dataclasses.replace(args, run_dir=str(tmp_path / "parts"))
+    losses, epochs = ram.image_losses, []
+
+    def interrupted(*arguments):
+        epochs.append(1)
+        if len(epochs) == 12:
+            raise KeyboardInterrupt
+        return losses(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="Stopped; go on"):
+        patch.setattr(ram, "image_losses", interrupted)
+        ram.main(first)
+    parts = str(tmp_path / "parts" / "checkpoint.pt")
+    assert torch.load(parts)["epoch"] == 11
+    resumed = ram.main(dataclasses.replace(args, run_dir="", resume=parts))
+    clocks = ("charts/SPS", "charts/minutes")
+    assert {k: v for k, v in resumed.items() if k not in clocks} == {
+        k: v for k, v in metrics.items() if k not in clocks
+    }
+
+
+@pytest.mark.parametrize("flags", [{"model": "conv"}, {"model": "fc"}, {"monte_carlo_samples": 3}])
+def test_learns_with_other_models(flags, tmp_path):
+    args = Args(**DIGITS, epochs=6, batch_size=32, learning_rate=2e-3, run_dir=str(tmp_path))
+    metrics = ram.main(dataclasses.replace(args, **flags))
+    assert metrics["eval/error"] < 85
+
+
+def test_command_line_catch_is_played_and_filmed(tmp_path, monkeypatch):
+    monkeypatch.setattr(ram, "GAMES_PER_EPOCH", 1024)
+    monkeypatch.setattr(ram, "GAMES_IN_EVALUATION", 200)
+    args = Args(task="catch", epochs=2, batch_size=256, run_dir=str(tmp_path), device="cpu")
+    metrics = ram.main(args)
+    assert 0 <= metrics["eval/caught"] <= 100 and (tmp_path / "games.gif").stat().st_size > 1000
+
+
+class Mnist(http.server.BaseHTTPRequestHandler):
+    files = None
+
+    def do_GET(self):
+        content = self.files.get(self.path.removeprefix("/"))
+        self.send_response(200 if content else 404)
+        self.end_headers()
+        self.wfile.write(content or b"")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_learns_from_a_download(tmp_path, monkeypatch):
+    """From a server on this machine: four files, checked, written whole, not fetched twice."""
+    contents = {}
+    for split, n in (("train", 60), ("t10k", 12)):
+        images = np.random.default_rng(0).integers(0, 256, (n, 28, 28), np.uint8).tobytes()
+        contents[f"{split}-images-idx3-ubyte.gz"] = b"\0" * 16 + images
+        contents[f"{split}-labels-idx1-ubyte.gz"] = b"\0" * 8 + bytes(i % 10 for i in range(n))
+    Mnist.files = {name: gzip.compress(content) for name, content in contents.items()}
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mnist)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        monkeypatch.setattr(ram, "MNIST_URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setattr(ram, "MNIST_MD5", sums | {"t10k-labels-idx1-ubyte.gz": "wrong"})
+        ram.load_mnist(str(tmp_path), "train")
+        with pytest.raises(SystemExit, match="its checksum is wrong"):
+            ram.load_mnist(str(tmp_path), "t10k")
+        assert sorted(path.name for path in (tmp_path / "mnist").iterdir()) == sorted(
+            name for name in contents if name != "t10k-labels-idx1-ubyte.gz"
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    x, y = ram.load_mnist(str(tmp_path), "train")
+    assert x.shape == (60, 28, 28) and y[:12].tolist() == [*range(10), 0, 1]
+    with pytest.raises(SystemExit, match=r"(?s)cannot be reached.*--dataset digits"):
+        ram.load_mnist(str(tmp_path), "t10k")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"task": "catch", "model": "conv"}, "--task catch is played by --model ram alone"),
+        ({"location_std": 0.0}, "--location-std must be above 0"),
+        ({"batch_size": 0}, "--batch-size must lie between 1"),
+        ({"num_glimpses": -1}, "--num-glimpses must lie between 0"),
+        ({"evaluate": "missing.pt"}, "missing.pt is missing, damaged or no checkpoint"),
+        (
+            {"resume": "good.pt", "num_glimpses": 3},
+            "made with num_glimpses=0, not with num_glimpses=3",
+        ),
+        ({"dataset": "mnist"}, "is damaged.*delete it"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = Args(**DIGITS)
+    state = {"net": ram.make_net(args).state_dict(), "args": dataclasses.asdict(args)}
+    ram.save_checkpoint(Path("good.pt"), **state)
+    Path("data/mnist").mkdir(parents=True)
+    Path("data/mnist/train-images-idx3-ubyte.gz").write_bytes(b"no gzip")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
+        ram.main(dataclasses.replace(args, **flags))
+    assert isinstance(stop.value.code, str) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, str(ROOT / "recurrent_visual_attention.py"), "--task", "cluttered"]
+    command += ["--dataset", "digits", "--epochs", "1", "--eval-every", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "eval/error_deterministic" in done.stdout and "eval/distance" in done.stdout
+    (run_dir,) = tmp_path.glob("runs/cluttered__recurrent_visual_attention__1__*")
+    names = {path.name for path in run_dir.iterdir()}
+    assert {"checkpoint.pt", "metrics.csv", "glimpses.png"} <= names
+
+
+def test_command_line_help_names_the_paper_and_explains_every_flag():
+    command = [sys.executable, "recurrent_visual_attention.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Recurrent models of visual attention" in done.stdout
+    for field in dataclasses.fields(Args):
+        assert "--" + field.name.replace("_", "-") in done.stdout
