@@ -29,7 +29,17 @@ class Experiment:
     window: int = 1  # reports averaged for a point
 
 
-EXPERIMENTS = []
+EXPERIMENTS = [
+    Experiment(
+        folder="a3c_atari/pong",
+        title="A3C on Pong, small network, 2 workers x 8 games",
+        tag="charts/episodic_return",
+        y="score of a training game",
+        paper=11.4,
+        paper_label="paper: 11.4 after 80 M steps, human starts, large network",
+        window=3,
+    ),
+]
 
 
 def read(path: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:

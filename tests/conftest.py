@@ -1,4 +1,4 @@
-"""One thread is the fastest for nets this small, and two test runs at once do not slow each other."""
+"""One thread: the nets are small, and two test runs at once then do not slow each other down."""
 
 import torch
 
