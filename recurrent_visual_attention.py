@@ -619,7 +619,7 @@ def draw_glimpses(net: nn.Module, args: Args, images: Images, path: Path) -> Non
     with torch.no_grad():
         seen = look(net, images.x[:12], num_glimpses, args.glimpse_policy, std=0.0)
     for i, axis in enumerate(axes.flat):
-        axis.imshow(images.x[i].cpu(), cmap="gray_r")
+        axis.imshow(images.x[i].cpu().numpy(), cmap="gray_r")
         x, y = ((seen.l[:, i].cpu().numpy() + 1) / 2 * S - 0.5).T
         axis.plot(x, y, "-", color="tab:blue", lw=1)
         axis.scatter(x, y, c=range(num_glimpses), cmap="viridis", s=14, zorder=3)
