@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import ale_py
+import cv2
 import gymnasium as gym
 import numpy as np
 import torch
@@ -94,17 +95,17 @@ class Args:
 class Transitions(NamedTuple):
     """Up to t_max consecutive steps of K games."""
 
-    s_tm1: Tensor  # [N, K, 4, 84, 84] screens, bytes
+    s_tm1: Tensor  # [N, K, 84, 84, 4] screens, bytes
     a_tm1: Tensor  # [N, K] actions
     r_t: Tensor  # [N, K] clipped rewards
     terminated: Tensor  # [N, K] the step ended the episode: nothing follows
     truncated: Tensor  # [N, K] the step ran into the time limit: more would have followed
-    s_t: Tensor  # [N, K, 4, 84, 84] the screens that the step led to
+    s_t: Tensor  # [N, K, 84, 84, 4] the screens that the step led to
     a_t: Tensor  # [N, K] Sarsa only: chosen in s_t, executed next unless the episode ended
 
 
 class QNetwork(nn.Module):
-    """The action values Q(s, .) [..., A] of screens s [..., 4, 84, 84] in bytes."""
+    """The action values Q(s, .) [..., A] of screens s [..., 84, 84, 4] in bytes."""
 
     def __init__(self, num_actions: int, network: Literal["small", "large"]):
         super().__init__()
@@ -120,7 +121,7 @@ class QNetwork(nn.Module):
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def forward(self, s: Tensor) -> Tensor:
-        x = s.flatten(0, -4).to(torch.float32, memory_format=torch.channels_last).mul_(1 / 255)
+        x = s.flatten(0, -4).permute(0, 3, 1, 2).to(torch.float32).mul_(1 / 255)
         return self.value(self.trunk(x)).unflatten(0, s.shape[:-3])
 
 
@@ -247,7 +248,7 @@ class EpisodicLife(gym.Wrapper):
 
 
 def make_env(env_id: str, training: bool = True) -> gym.Env:
-    """A game that shows its last four screens, the newest last, as bytes [4, 84, 84].
+    """A game that shows its last four screens, the newest last, as bytes [84, 84, 4].
 
     Atari games get the preprocessing of DQN 2015; the screens of any other are only stacked.
     When a whole game is over, info["episode"] holds its true score "r" and its frames "l".
@@ -277,18 +278,19 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
             f"{env_id} shows {screen} and takes {actions}; this script needs "
             "uint8 screens of shape (84, 84) and Discrete actions from 0."
         )
-    return FrameStackObservation(env, 4)
+    stack = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)  # the layout that convolutions like
+    return TransformObservation(FrameStackObservation(env, 4), cv2.merge, stack)
 
 
 def reset_games(envs: Sequence[gym.Env], seeds: Sequence[int]) -> Tensor:
-    """The first screens [K, 4, 84, 84] of K games."""
+    """The first screens [K, 84, 84, 4] of K games."""
     return torch.from_numpy(np.stack([env.reset(seed=i)[0] for env, i in zip(envs, seeds)]))
 
 
 def step_games(
     envs: Sequence[gym.Env], a_tm1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[dict, ...]]:
-    """s_t [K, 4, 84, 84], r_t, terminated, truncated [K] and the infos of K games."""
+    """s_t [K, 84, 84, 4], r_t, terminated, truncated [K] and the infos of K games."""
     outcomes = [env.step(a) for env, a in zip(envs, a_tm1.tolist(), strict=True)]
     s_t, r_t, terminated, truncated, infos = zip(*outcomes)
     ends = torch.tensor(terminated), torch.tensor(truncated)
@@ -358,7 +360,7 @@ def evaluate(
                     playing.remove(k)
                     bar.update()
                 if film and k == 0 and len(pictures) < 1800:  # two minutes
-                    picture = envs[0].render() if envs[0].render_mode else screens[-1]
+                    picture = envs[0].render() if envs[0].render_mode else screens[..., -1]
                     pictures.append(Image.fromarray(picture))
     if film:
         pictures[0].save(film, save_all=True, append_images=pictures[1:], duration=67, loop=0)
@@ -529,6 +531,11 @@ def drain(log, recent: dict[str, list[float]]) -> None:
         recent[tag].append(value)
 
 
+# Of the environment of the workers: glibc is to keep the memory they free, not to return it to the
+# system, which would clear it for them many times a second (a fifth of their time).
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "32000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
+
+
 def supervise(
     role: Callable, arguments: tuple, args: Args, T, log, writer, seconds: float, save, evaluate_now
 ) -> dict[str, float]:
@@ -539,6 +546,7 @@ def supervise(
     that dies ends the run with its traceback, Ctrl-C and SIGTERM end it with a checkpoint.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ |= KEEP_MEMORY
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit that
     workers = mp.spawn(role, arguments, nprocs=args.num_workers, join=False)
     signal.signal(signal.SIGINT, on_ctrl_c)

@@ -32,7 +32,7 @@ each_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 def random_transitions(N: int = 5, K: int = 3, num_actions: int = 4, seed: int = 0) -> Transitions:
     generator = torch.Generator().manual_seed(seed)
-    screens = torch.randint(0, 256, (2, N, K, 4, 84, 84), generator=generator, dtype=torch.uint8)
+    screens = torch.randint(0, 256, (2, N, K, 84, 84, 4), generator=generator, dtype=torch.uint8)
     actions = torch.randint(0, num_actions, (2, N, K), generator=generator)
     ends = torch.rand(2, N, K, generator=generator) < 0.25
     return Transitions(
@@ -141,7 +141,7 @@ def test_gradient_that_is_not_finite_moves_nothing():
 def test_math_the_network_is_that_of_2013():
     net, s = QNetwork(4, "small"), random_transitions().s_t
     w = [p.detach() for p in net.parameters()]
-    x = F.conv2d(s.flatten(0, 1).float() / 255, w[0], w[1], stride=4).relu()
+    x = F.conv2d(s.flatten(0, 1).permute(0, 3, 1, 2).float() / 255, w[0], w[1], stride=4).relu()
     x = F.conv2d(x, w[2], w[3], stride=2).relu().flatten(1)
     x = (x @ w[4].T + w[5]).relu() @ w[6].T + w[7]
     torch.testing.assert_close(net(s).detach(), x.view(5, 3, 4), atol=1e-5, rtol=1e-4)
@@ -212,8 +212,8 @@ def test_math_segments_of_one_game_are_the_papers(sarsa):
             assert segment.r_t.shape == (length, 1) and (segment.r_t == 1).all()  # clipped
             for i in range(length):
                 stack = [[max(0, clock - 3 + j) for j in range(4)] for clock in (clock, clock + 1)]
-                assert segment.s_tm1[i, 0, :, 0, 0].tolist() == stack[0]
-                assert segment.s_t[i, 0, :, 0, 0].tolist() == stack[1]
+                assert segment.s_tm1[i, 0, 0, 0].tolist() == stack[0]
+                assert segment.s_t[i, 0, 0, 0].tolist() == stack[1]
                 clock += 1
             assert segment.terminated[:, 0].tolist() == [False] * (length - 1) + [clock == 7]
         assert [(game["k"], game["r"], game["l"]) for game in finished] == [(0, 28, 7)]
@@ -225,7 +225,7 @@ def test_math_successors_of_an_ended_episode_are_its_own_last_screens():
         async_nstep_q.explore(envs, [1, 2], lambda s: torch.zeros(2, dtype=torch.long), 9, False)
     )
     assert segment.truncated[:, 0].tolist() == [False] * 6 + [True] + [False] * 2
-    assert segment.s_t[6, 0, :, 0, 0].tolist() == [4, 5, 6, 7]
+    assert segment.s_t[6, 0, 0, 0].tolist() == [4, 5, 6, 7]
     assert segment.s_tm1[7, 0].unique().tolist() == [0]
 
 
