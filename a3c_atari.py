@@ -3,6 +3,11 @@
     Paper    Mnih et al., "Asynchronous methods for deep reinforcement learning", ICML 2016
     Shows    algorithm S2 with shared RMSProp: no replay memory, no GPU (figure 1)
     Run      python a3c_atari.py --env-id PongNoFrameskip-v4 --num-workers 2 --envs-per-worker 8
+               --total-timesteps 10000000 --eval-episodes 30
+    Result   -13.4 (deviation of 30 games 6.7, seed 1) in 111 minutes on 2 cores of an AMD EPYC;
+               paper: 11.4 after 80 M steps of the larger network, human starts
+    Run      python a3c_atari.py --num-workers 2 --envs-per-worker 8 --total-timesteps 20000000
+               --eval-episodes 30
     Result   not yet measured
 
 Departures: ours (the paper's); those of the first line are the authors' later answers
@@ -458,7 +463,7 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
     The flags named in shaping must be those of the run that wrote it.
     """
     try:
-        checkpoint = torch.load(path)
+        checkpoint = torch.load(path, map_location="cpu")
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
@@ -490,16 +495,18 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
     return run_dir
 
 
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "eval_epsilon")
+
+
 def check(args: Args) -> None:
     """Refuse numbers that no run can have and flags that exclude each other."""
     for field in fields(args):
         value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
         counts = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
-        highest = 1 if field.name in ("discount", "rmsprop_decay", "eval_epsilon") else 2**32 - 1
-        if type(value) in (int, float) and not int(counts) <= value <= highest:
-            raise SystemExit(
-                f"{flag} must lie between {int(counts)} and {highest}, not at {value}."
-            )
+        lowest, highest = int(counts), 1 if field.name in FRACTIONS else 2**32 - 1
+        signed = isinstance(field.default, float) and field.default < 0
+        if type(value) in (int, float) and not signed and not lowest <= value <= highest:
+            raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir:

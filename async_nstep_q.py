@@ -471,7 +471,7 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
     The flags named in shaping must be those of the run that wrote it.
     """
     try:
-        checkpoint = torch.load(path)
+        checkpoint = torch.load(path, map_location="cpu")
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
@@ -503,16 +503,18 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
     return run_dir
 
 
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "eval_epsilon")
+
+
 def check(args: Args) -> None:
     """Refuse numbers that no run can have and flags that exclude each other."""
     for field in fields(args):
         value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
         counts = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
-        highest = 1 if field.name in ("discount", "rmsprop_decay", "eval_epsilon") else 2**32 - 1
-        if type(value) in (int, float) and not int(counts) <= value <= highest:
-            raise SystemExit(
-                f"{flag} must lie between {int(counts)} and {highest}, not at {value}."
-            )
+        lowest, highest = int(counts), 1 if field.name in FRACTIONS else 2**32 - 1
+        signed = isinstance(field.default, float) and field.default < 0
+        if type(value) in (int, float) and not signed and not lowest <= value <= highest:
+            raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir:

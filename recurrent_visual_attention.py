@@ -6,13 +6,18 @@
     Result   not yet measured
 
 Departures: ours (the paper's). Numbers are compared with the NIPS version, not with arXiv's.
-    Adam, 1e-3 falling linearly to 0, batch 128 (SGD with momentum 0.9, batch 20, rate searched)
-    location deviation 0.2 of half the image's width (searched, not told)
-    the policy gradient trains the location network alone (section 3.2 reads: the core as well; with
-      Adam it then drowns the class, --reinforce-into-core wants a --reinforce-weight near 0.01)
+    Adam, 1e-3 falling to 0 by epochs, batch 128 (SGD, momentum 0.9, batch 20, rate searched)
+    location deviation 0.2 of half the image's width (searched, not told); samples are clipped to
+      the image where they are looked at, their means are not bounded (not told)
+    on images the policy gradient trains the location network alone (section 3.2: the core, too,
+      --reinforce-into-core with a small --reinforce-weight); on catch it trains all (the same)
+    the likeliest class earns the reward (a class drawn from the softmax, not told)
     the baseline is linear in h_t and trains itself alone (may depend on h_t)
+    glimpses lie on whole pixels, coarse ones are means of blocks (not told)
+    the reported error averages 10 paths (one path; reported as well)
     clutter is added to the digit and the sum clipped ("added"); zeros outside the image (not told)
-    catch: entropy of the action rewarded with 0.01, Adam (not told)
+    catch: entropy of the move rewarded with 0.01, Adam; the ball starts anywhere, drifting -1, 0 or
+      1 columns a frame, the paddle in the middle, the first glimpse anywhere (not told)
 
 Symbols: x image, y label, l_t location (x, y) in [-1, 1]^2 with (-1, -1) the top left corner, mu_t
 its mean, rho retina, g_t glimpse, h_t state of the core, b_t baseline, R reward, M paths per image.
@@ -25,9 +30,11 @@ import hashlib
 import math
 import time
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -55,37 +62,58 @@ class Args:
     num_scales: int = 0  # k, patches of a glimpse; 0: the paper's for the task (1, 3 or 4)
     num_glimpses: int = 0  # N; 0: 6 on mnist, else 8 (catch: one per frame)
     location_std: float = 0.2  # deviation of a location around its mean, in half image widths
-    reinforce_weight: float = 1.0  # of the policy gradient beside the cross-entropy
+    reinforce_weight: float = 1.0  # of the location policy's gradient beside the others
     reinforce_into_core: bool = False  # the policy gradient also trains core and glimpse network
     monte_carlo_samples: int = 1  # M, paths per image in training
     entropy_cost: float = 0.01  # catch: reward for undecided actions
     fc_width: int = 256  # units of both hidden layers of fc (paper: 64 or 256)
     # Optimisation
-    epochs: int = 100  # of 50,000 images (digits: 1,300; catch: 10,000 games)
+    epochs: int = 100  # of 50,000 images (digits: 1,250; catch: 2,000 games, 46,000 frames)
     batch_size: int = 128  # images or games
-    optimizer: Literal["adam", "sgd"] = "adam"  # sgd: momentum 0.9, the paper's
+    optimizer: Literal["adam", "sgd"] = "adam"  # sgd: momentum 0.9, the paper's, wants 0.01
     learning_rate: float = 1e-3  # at the start; falls linearly to 0
     # The run
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
-    data_dir: str = "data"  # mnist/ inside it holds the four gzipped files, downloaded if missing
+    data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
     eval_samples: int = 10  # paths per image whose class probabilities are averaged in evaluation
     eval_every: int = 5  # epochs between two evaluations on validation images
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     seed: int = 1  # of every random number
-    run_dir: str = ""  # for logs, pictures, checkpoint.pt; default runs/TASK__SCRIPT__SEED__TIME
+    run_dir: str = ""  # for logs, pictures, checkpoint.pt; default runs/TASK_MODEL__SCRIPT__...
     resume: str = ""  # a checkpoint.pt to continue from, in its own folder
     evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
 
 
 # ---- The method ---------------------------------------------------------------------------------
 
-TASKS = {  # canvas S, patch_size g, num_scales k, num_glimpses N, clutter patches (section 4)
+
+class Setting(NamedTuple):
+    """A task's images and how they are looked at."""
+
+    S: int  # pixels, the width of an image
+    patch_size: int  # g
+    num_scales: int  # k
+    num_glimpses: int  # N
+    num_clutter: int  # pieces of other digits in an image
+
+
+SETTINGS = {  # section 4
     "mnist": (28, 8, 1, 6, 0),
     "translated": (60, 12, 3, 8, 0),
     "cluttered": (60, 12, 3, 8, 4),
     "cluttered100": (100, 12, 4, 8, 8),
     "catch": (24, 6, 3, 23, 0),
 }
+
+
+def setting_of(args: Args) -> Setting:
+    """The paper's, unless flags say otherwise."""
+    paper = Setting(*SETTINGS[args.task])
+    return paper._replace(
+        patch_size=args.patch_size or paper.patch_size,
+        num_scales=args.num_scales or paper.num_scales,
+        num_glimpses=args.num_glimpses or paper.num_glimpses,
+    )
 
 
 def integral_image(x: Tensor) -> Tensor:
@@ -106,7 +134,7 @@ class RetinaSensor(nn.Module):
     def __init__(self, patch_size: int, num_scales: int):
         super().__init__()
         widths = 2 ** torch.arange(num_scales)[:, None]  # [k, 1] of the block behind one number
-        edges = widths * torch.arange(patch_size + 1) - widths * patch_size // 2
+        edges = widths * (torch.arange(patch_size + 1) - patch_size // 2)
         self.register_buffer("edges", edges, persistent=False)  # [k, g+1] pixels from the centre
         self.register_buffer("areas", widths[:, :, None].square() * 255.0, persistent=False)
 
@@ -181,7 +209,7 @@ class RecurrentAttentionModel(nn.Module):
 
 
 class Glimpses(NamedTuple):
-    """The glimpses of a minibatch; sample, mu and h are empty if the model did not choose."""
+    """The glimpses of a minibatch; sample, mu and h are empty unless the model chose."""
 
     logits: Tensor  # [B, 10] after the last glimpse
     l: Tensor  # [N, B, 2] where it looked, within the image
@@ -192,37 +220,34 @@ class Glimpses(NamedTuple):
 
 def look(
     net: RecurrentAttentionModel,
-    x: Tensor,
+    table: Tensor,
     num_glimpses: int,
     policy: str = "learned",
     std: float = 0.2,
     reinforce_into_core: bool = False,
 ) -> Glimpses:
-    """A path of N glimpses over images x [B, S, S]: the first location random, the rest chosen.
+    """A path of N glimpses over images, given as integral images [B, S+1, S+1].
 
-    std 0 follows the means. The location after the last glimpse is used by nobody and left out.
+    The first location is random, the others follow policy; with std 0 they are the means. The
+    location after the last glimpse is used by nobody and left out.
     """
-    table, state = integral_image(x), net.core.initial_state(len(x))
-    l = torch.rand(len(x), 2, device=x.device) * 2 - 1
-    if policy == "centre":
-        l = torch.zeros_like(l)
-    locations, samples, means, states = [], [], [], []
+    B, state = len(table), net.core.initial_state(len(table))
+    l = torch.zeros(num_glimpses, B, 2, device=table.device)
+    l = list(l if policy == "centre" else l.uniform_(-1, 1))  # all of them, if nothing is chosen
+    samples, states = [], []
     for n in range(num_glimpses):
-        locations.append(l)
-        h, state = net(table, l, state)
-        if n == num_glimpses - 1:
-            break
-        if policy == "random":
-            l = torch.rand_like(l) * 2 - 1
-        elif policy == "learned":
-            mu = net.location(h if reinforce_into_core else h.detach())
-            sample = (mu + std * torch.randn_like(mu)).detach()
-            l = sample.clamp(-1, 1)
-            samples.append(sample)
-            means.append(mu)
+        h, state = net(table, l[n], state)
+        if policy == "learned" and n < num_glimpses - 1:
+            with torch.no_grad():
+                samples.append(net.location(h) + std * torch.randn_like(l[n]))
+            l[n + 1] = samples[-1].clamp(-1, 1)
             states.append(h)
-    stacks = (torch.stack(part) if part else l.new_zeros(0) for part in (samples, means, states))
-    return Glimpses(net.action(h), torch.stack(locations), *stacks)
+    looked = net.action(h), torch.stack(l)
+    if not samples:
+        return Glimpses(*looked, *(torch.zeros(0) for _ in range(3)))
+    h_t = torch.stack(states)
+    mu = net.location(h_t if reinforce_into_core else h_t.detach())
+    return Glimpses(*looked, torch.stack(samples), mu, h_t)
 
 
 def location_log_prob(sample: Tensor, mu: Tensor, std: float) -> Tensor:
@@ -231,7 +256,10 @@ def location_log_prob(sample: Tensor, mu: Tensor, std: float) -> Tensor:
 
 
 def reinforce_loss(log_pi: Tensor, R: Tensor, b: Tensor) -> Tensor:
-    """Its gradient is that of -E[R] (eq. 2), a sum over time and mean over paths; all [T, B]."""
+    """Its gradient is that of -E[R] (eq. 2), a sum over time, a mean over paths.
+
+    log_pi and b are [T, B], R [B] comes at the end.
+    """
     return -(log_pi * (R - b).detach()).sum(0).mean()
 
 
@@ -275,6 +303,25 @@ class FullyConnectedNetwork(nn.Sequential):
 
 # ---- The data -----------------------------------------------------------------------------------
 
+
+def download(url: str, path: Path, remedy: str) -> bytes:
+    """What url holds; otherwise a sentence that says what is missing and what to do."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.read()
+    except (OSError, HTTPException) as error:
+        raise SystemExit(
+            f"{path} is missing and {url} cannot be reached ({error}).\n{remedy}"
+        ) from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file with all of its content, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_bytes(content)
+    path.with_suffix(".part").replace(path)
+
+
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 MNIST_MD5 = {  # of the unpacked files
     "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
@@ -286,36 +333,31 @@ MNIST_MD5 = {  # of the unpacked files
 
 def download_mnist(path: Path) -> None:
     """Fetch one of the four files whole, or leave nothing behind."""
-    url = MNIST_URL + path.name
+    remedy = "Put it there, point --data-dir at a folder that has mnist/, or use --dataset digits."
+    content = download(MNIST_URL + path.name, path, remedy)
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            content = response.read()
-    except OSError as error:
-        raise SystemExit(
-            f"{path} is missing and {url} cannot be reached ({error}).\n"
-            "Put it there, point --data-dir at a folder that has mnist/, or use --dataset digits."
-        ) from None
-    if hashlib.md5(gzip.decompress(content)).hexdigest() != MNIST_MD5[path.name]:
-        raise SystemExit(f"{url} did not send MNIST: its checksum is wrong.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_bytes(content)
-    path.with_suffix(".part").replace(path)
+        checksum = hashlib.md5(gzip.decompress(content)).hexdigest()
+    except (OSError, EOFError, zlib.error):
+        checksum = "none"
+    if checksum != MNIST_MD5[path.name]:
+        raise SystemExit(f"{MNIST_URL}{path.name} did not send MNIST: its checksum is wrong.")
+    write_whole(path, content)
 
 
 def load_mnist(data_dir: str, split: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
     """Images [N, 28, 28] as bytes and labels [N]; a missing file is downloaded."""
     arrays = []
-    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
+    for kind, header, shape in (("images-idx3", 16, (-1, 28, 28)), ("labels-idx1", 8, (-1,))):
         path = Path(data_dir, "mnist", f"{split}-{kind}-ubyte.gz")
         if not path.exists():
             download_mnist(path)
         try:
             content = gzip.decompress(path.read_bytes())
-            arrays.append(np.frombuffer(content, np.uint8, offset=header))
-        except (OSError, EOFError, ValueError) as error:
+            arrays.append(np.frombuffer(content, np.uint8, offset=header).reshape(shape))
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise SystemExit(f"{path} is damaged ({error}); delete it to fetch it again.") from None
     images, labels = arrays
-    return torch.tensor(images.reshape(-1, 28, 28)), torch.tensor(labels, dtype=torch.long)
+    return torch.tensor(images), torch.tensor(labels, dtype=torch.long)
 
 
 def load_digits(split: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
@@ -350,18 +392,21 @@ def make_images(
     To each come num_clutter 8x8 pieces of other digits, drawn from pool (section 4.1). Bytes.
     """
     B, device = len(digits), digits.device
+    if digits.shape[-1] == S and not num_clutter:
+        return digits, torch.zeros(B, 2, device=device)
     canvas = torch.zeros(B, S, S, dtype=torch.int16, device=device)
     centres = place(canvas, digits, generator)
     for _ in range(num_clutter):
-        others = pool[torch.randint(len(pool), (B,), generator=generator, device=device)]
+        other = torch.randint(len(pool), (B, 1, 1), generator=generator, device=device)
         corner = torch.randint(28 - 8 + 1, (B, 2), generator=generator, device=device)
         rows, columns = (corner[:, :, None] + torch.arange(8, device=device)).unbind(1)
-        image = torch.arange(B, device=device)[:, None, None]
-        place(canvas, others[image, rows[:, :, None], columns[:, None, :]], generator)
+        place(canvas, pool[other, rows[:, :, None], columns[:, None, :]], generator)
     return canvas.clamp_(max=255).byte(), centres
 
 
-GAMES_PER_EPOCH, GAMES_IN_EVALUATION = 10_000, 5_000
+# ---- The game -----------------------------------------------------------------------------------
+
+GAMES_PER_EPOCH, GAMES_IN_EVALUATION = 2_000, 5_000
 
 
 class Catch:
@@ -396,9 +441,6 @@ class Catch:
         self.column = self.column + self.drift
         caught = (self.column == self.paddle) | (self.column == self.paddle + 1)
         return (caught & (self.row == self.S - 1)).float()
-
-
-# ---- Evaluation and training --------------------------------------------------------------------
 
 
 class Play(NamedTuple):
@@ -449,6 +491,9 @@ def catch_loss(play: Play, args: Args) -> tuple[Tensor, dict[str, float]]:
     return loss, losses
 
 
+# ---- Evaluation and training --------------------------------------------------------------------
+
+
 class Images(NamedTuple):
     """A data set that stays as it is, for validation or test."""
 
@@ -459,49 +504,48 @@ class Images(NamedTuple):
 
 @torch.no_grad()
 def evaluate(net: nn.Module, args: Args, images: Images | None) -> dict[str, float]:
-    """Errors and catches in percent, of means (deterministic) and of samples averaged.
+    """Errors and catches in percent: of one path along the means, of sampled paths averaged.
 
     Without images: of games of Catch. The global random state is left as it was.
     """
-    S, _, _, num_glimpses, _ = settings(args)
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        if images is None:
-            plays = (play_catch(net, GAMES_IN_EVALUATION, S, args.location_std, g) for g in (1, 0))
-            caught, sampled = (100 * play.R.mean().item() for play in plays)
-            return {"eval/caught": caught, "eval/caught_sampled": sampled}
-        wrong, wrong_mean, distance = 0, 0, 0.0
-        for x, y, centres in zip(*(part.split(1000) for part in images)):
-            if args.model != "ram":
-                wrong += (net(x[:, None] / 255).argmax(1) != y).sum().item()
-                continue
-            seen = look(net, x, num_glimpses, args.glimpse_policy, std=0.0)
-            wrong += (seen.logits.argmax(1) != y).sum().item()
-            distance += (seen.l[-1] - centres).norm(dim=1).sum().item()
-            p = sum(
-                look(net, x, num_glimpses, args.glimpse_policy, args.location_std).logits.softmax(1)
-                for _ in range(args.eval_samples)
-            )
-            wrong_mean += (p.argmax(1) != y).sum().item()
-    N = len(images.y)
+        return evaluate_catch(net, args) if images is None else evaluate_images(net, args, images)
+
+
+def evaluate_catch(net: nn.Module, args: Args) -> dict[str, float]:
+    S, B = setting_of(args).S, GAMES_IN_EVALUATION
+    greedy = play_catch(net, B, S, args.location_std, greedy=True)
+    sampled = play_catch(net, B, S, args.location_std, greedy=False)
+    caught = {"eval/caught": greedy.R, "eval/caught_sampled": sampled.R}
+    return {tag: 100 * R.mean().item() for tag, R in caught.items()}
+
+
+def evaluate_images(net: nn.Module, args: Args, images: Images) -> dict[str, float]:
+    setting, wrong, wrong_along_means, distance = setting_of(args), 0, 0, 0.0
+    for x, y, centres in zip(*(part.split(1000) for part in images)):
+        if args.model != "ram":
+            wrong += (net(x[:, None] / 255).argmax(1) != y).sum().item()
+            continue
+        see = partial(look, net, integral_image(x), setting.num_glimpses, args.glimpse_policy)
+        p = sum(see(std=args.location_std).logits.softmax(1) for _ in range(args.eval_samples))
+        wrong += (p.argmax(1) != y).sum().item()
+        seen = see(std=0.0)
+        wrong_along_means += (seen.logits.argmax(1) != y).sum().item()
+        distance += (seen.l[-1] - centres).norm(dim=1).sum().item()
+    total = len(images.y)
     if args.model != "ram":
-        return {"eval/error": 100 * wrong / N}
+        return {"eval/error": 100 * wrong / total}
     return {
-        "eval/error": 100 * wrong_mean / N,
-        "eval/error_deterministic": 100 * wrong / N,
-        "eval/distance": distance / N * S / 2,  # pixels from the last glimpse to the digit's centre
+        "eval/error": 100 * wrong / total,
+        "eval/error_single_path": 100 * wrong_along_means / total,
+        # pixels from the last glimpse to the digit's centre
+        "eval/distance": distance / total * setting.S / 2,
     }
 
 
-def settings(args: Args) -> tuple[int, int, int, int, int]:
-    """S, g, k, N and the number of clutter patches: the paper's unless flags say otherwise."""
-    S, patch_size, num_scales, num_glimpses, num_clutter = TASKS[args.task]
-    patch_size, num_scales = args.patch_size or patch_size, args.num_scales or num_scales
-    return S, patch_size, num_scales, args.num_glimpses or num_glimpses, num_clutter
-
-
 def make_net(args: Args) -> nn.Module:
-    S, patch_size, num_scales, _, _ = settings(args)
+    S, patch_size, num_scales, *_ = setting_of(args)
     if args.model == "conv":
         return ConvolutionalNetwork(S)
     if args.model == "fc":
@@ -514,24 +558,26 @@ def make_net(args: Args) -> nn.Module:
 def image_losses(
     net: nn.Module, args: Args, digits: Tensor, labels: Tensor
 ) -> Iterator[tuple[Tensor, dict[str, float]]]:
-    """The losses of an epoch's minibatches; every image is made anew."""
-    S, _, _, num_glimpses, num_clutter = settings(args)
+    """The losses of an epoch's minibatches, each made and looked at after the last one's step."""
+    setting = setting_of(args)
     for batch in torch.randperm(len(digits)).to(digits.device).split(args.batch_size):
-        x, _ = make_images(digits[batch], S, num_clutter, pool=digits)
+        x, _ = make_images(digits[batch], setting.S, setting.num_clutter, pool=digits)
         y = labels[batch]
         if args.model != "ram":
             loss = F.cross_entropy(net(x[:, None] / 255), y)
             yield loss, {"losses/cross_entropy": loss.item()}
             continue
-        x, y = (part.repeat_interleave(args.monte_carlo_samples, 0) for part in (x, y))
+        table, M = integral_image(x), args.monte_carlo_samples
+        if M > 1:
+            table, y = table.repeat_interleave(M, 0), y.repeat_interleave(M, 0)
         how = args.glimpse_policy, args.location_std, args.reinforce_into_core
-        seen = look(net, x, num_glimpses, *how)
+        seen = look(net, table, setting.num_glimpses, *how)
         yield hybrid_loss(net, seen, y, args.location_std, args.reinforce_weight)
 
 
 def game_losses(net: nn.Module, args: Args) -> Iterator[tuple[Tensor, dict[str, float]]]:
-    """The losses of an epoch's minibatches of games."""
-    S = settings(args)[0]
+    """The losses of an epoch's minibatches of games, each played after the last one's step."""
+    S = setting_of(args).S
     for _ in range(GAMES_PER_EPOCH // args.batch_size):
         yield catch_loss(play_catch(net, args.batch_size, S, args.location_std, greedy=False), args)
 
@@ -564,7 +610,7 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
     The flags named in shaping must be those of the run that wrote it.
     """
     try:
-        checkpoint = torch.load(path)
+        checkpoint = torch.load(path, map_location="cpu")
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
@@ -596,16 +642,46 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
     return run_dir
 
 
+class Diverged(SystemExit):
+    """The loss is no longer a number."""
+
+
+def refuse_infinity(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
+            "a smaller --learning-rate may help."
+        )
+
+
+def stopped(run_dir: str | Path) -> SystemExit:
+    """What Ctrl-C ends with."""
+    path = Path(run_dir, "checkpoint.pt")
+    if not path.exists():
+        return SystemExit("Stopped before the first checkpoint.")
+    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU here; leave the flag out.")
+    return name
+
+
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "eval_epsilon")
+
+
 def check(args: Args) -> None:
     """Refuse numbers that no run can have and flags that exclude each other."""
     for field in fields(args):
         value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
         counts = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
-        highest = 1 if field.name in ("discount", "rmsprop_decay", "eval_epsilon") else 2**32 - 1
-        if type(value) in (int, float) and not int(counts) <= value <= highest:
-            raise SystemExit(
-                f"{flag} must lie between {int(counts)} and {highest}, not at {value}."
-            )
+        lowest, highest = int(counts), 1 if field.name in FRACTIONS else 2**32 - 1
+        signed = isinstance(field.default, float) and field.default < 0
+        if type(value) in (int, float) and not signed and not lowest <= value <= highest:
+            raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir:
@@ -613,19 +689,21 @@ def check(args: Args) -> None:
 
 
 def draw_glimpses(net: nn.Module, args: Args, images: Images, path: Path) -> None:
-    """The model's path over test images, with the finest patch of the first and last glimpse."""
-    S, patch_size, _, num_glimpses, _ = settings(args)
+    """The model's path over test images, with the patches of its first and last glimpse."""
+    S, patch_size, num_scales, num_glimpses, _ = setting_of(args)
     figure, axes = plt.subplots(2, 6, figsize=(12, 4.4))
     with torch.no_grad():
-        seen = look(net, images.x[:12], num_glimpses, args.glimpse_policy, std=0.0)
+        table = integral_image(images.x[:12])
+        seen = look(net, table, num_glimpses, args.glimpse_policy, std=0.0)
     for i, axis in enumerate(axes.flat):
         axis.imshow(images.x[i].cpu().numpy(), cmap="gray_r")
         x, y = ((seen.l[:, i].cpu().numpy() + 1) / 2 * S - 0.5).T
         axis.plot(x, y, "-", color="tab:blue", lw=1)
         axis.scatter(x, y, c=range(num_glimpses), cmap="viridis", s=14, zorder=3)
-        for n, colour in ((0, "tab:gray"), (-1, "tab:red")):
-            corner = x[n] - patch_size / 2, y[n] - patch_size / 2
-            axis.add_patch(plt.Rectangle(corner, patch_size, patch_size, fill=False, ec=colour))
+        for n, colour in ((0, "tab:gray"), (-1, "tab:red")):  # the first and the last glimpse
+            for width in (patch_size * 2**scale for scale in range(num_scales)):
+                corner = x[n] - width / 2, y[n] - width / 2
+                axis.add_patch(plt.Rectangle(corner, width, width, fill=False, ec=colour, lw=0.8))
         axis.set(title=f"{images.y[i]} read as {seen.logits[i].argmax()}", xticks=[], yticks=[])
         axis.set(xlim=(-0.5, S - 0.5), ylim=(S - 0.5, -0.5))
     figure.savefig(path, dpi=90, bbox_inches="tight")
@@ -635,7 +713,7 @@ def draw_glimpses(net: nn.Module, args: Args, images: Images, path: Path) -> Non
 @torch.no_grad()
 def film_catch(net: nn.Module, args: Args, path: Path) -> None:
     """Eight games as a GIF; a red square shows where the finest patch of the retina lies."""
-    S, patch_size, *_ = settings(args)
+    S, patch_size, *_ = setting_of(args)
     play, frames = play_catch(net, 8, S, args.location_std, greedy=True), []
     corners = ((play.l + 1) / 2 * S).round().long() - patch_size // 2  # [T, B, 2]
     for i in range(8):
@@ -648,50 +726,69 @@ def film_catch(net: nn.Module, args: Args, path: Path) -> None:
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=60, loop=0)
 
 
-def main(args: Args) -> dict[str, float]:
-    check(args)
+def load_images(args: Args, device: str) -> tuple[Tensor, Tensor, Images, Images]:
+    """Digits and labels for training; the frozen sets for validation and test."""
+    load = {"mnist": partial(load_mnist, args.data_dir), "digits": load_digits}[args.dataset]
+    (digits, labels), (test_digits, test_labels) = load("train"), load("t10k")
+    held_out = len(digits) // 6  # 10,000 of 60,000
+    pool, setting = digits[:-held_out], setting_of(args)
+    generator = torch.Generator().manual_seed(2014)  # the same sets for every run and device
+
+    def freeze(digits: Tensor, labels: Tensor) -> Images:
+        x, centres = make_images(digits, setting.S, setting.num_clutter, pool, generator)
+        return Images(x.to(device), labels.to(device), centres.to(device))
+
+    validation = freeze(digits[-held_out:], labels[-held_out:])
+    test = freeze(test_digits, test_labels)
+    return pool.to(device), labels[:-held_out].to(device), validation, test
+
+
+def refuse(args: Args) -> None:
+    """Combinations of flags that no run can have."""
     if args.task == "catch" and args.model != "ram":
         raise SystemExit("--task catch is played by --model ram alone.")
+    if args.task == "catch" and args.batch_size > GAMES_PER_EPOCH:
+        raise SystemExit(f"--batch-size must be at most {GAMES_PER_EPOCH}, the games of an epoch.")
     if args.location_std == 0:
         raise SystemExit("--location-std must be above 0: without noise no policy is learned.")
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    refuse(args)
     torch.manual_seed(args.seed)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(args.device)
     net = make_net(args).to(device)
     validation = test = None
-    losses = partial(game_losses, net, args)
+    minibatch_losses = partial(game_losses, net, args)
     if args.task != "catch":
-        load = {"mnist": partial(load_mnist, args.data_dir), "digits": load_digits}[args.dataset]
-        (digits, labels), (test_digits, test_labels) = (
-            [part.to(device) for part in load(split)] for split in ("train", "t10k")
-        )
-        held_out = len(digits) // 6  # 10,000 of 60,000
-        frozen = torch.Generator(device).manual_seed(2014)  # the same sets for every run
-        S, *_, num_clutter = settings(args)
-        pool = digits[:-held_out]
-        x, centres = make_images(digits[-held_out:], S, num_clutter, pool, frozen)
-        validation = Images(x, labels[-held_out:], centres)
-        x, centres = make_images(test_digits, S, num_clutter, pool, frozen)
-        test = Images(x, test_labels, centres)
-        losses = partial(image_losses, net, args, pool, labels[:-held_out])
+        digits, labels, validation, test = load_images(args, device)
+        minibatch_losses = partial(image_losses, net, args, digits, labels)
 
-    kinds = {"adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+    def evaluate_both() -> dict[str, float]:
+        """On the test set, and on validation images for those who choose between runs."""
+        scores = {} if validation is None else evaluate(net, args, validation)
+        scores = {tag.replace("eval/", "validation/"): value for tag, value in scores.items()}
+        return scores | evaluate(net, args, test)
+
+    adam = partial(torch.optim.Adam, fused=True)
+    kinds = {"adam": adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
     optimizer = kinds[args.optimizer](net.parameters(), args.learning_rate)
     shaping = ("task", "model", "dataset", "patch_size", "num_scales", "num_glimpses", "fc_width")
+    shaping += ("glimpse_policy",)
     first_epoch, seconds = 1, 0.0
     if args.evaluate:
         load_checkpoint(Path(args.evaluate), args, net, *shaping)
-        return evaluate(net, args, test)
+        return evaluate_both()
     if args.resume:
-        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping)
+        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, "optimizer")
         optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"].cpu())
+        torch.set_rng_state(checkpoint["rng"])
         first_epoch, seconds = checkpoint["epoch"] + 1, checkpoint["seconds"]
         if first_epoch > args.epochs:
             raise SystemExit(f"{args.resume} has had {args.epochs} epochs: raise --epochs.")
 
-    run_dir = open_run_dir(args, args.task, "recurrent_visual_attention")
+    run_dir = open_run_dir(args, f"{args.task}_{args.model}", "recurrent_visual_attention")
     writer = SummaryWriter(run_dir)
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
     try:
@@ -699,32 +796,29 @@ def main(args: Args) -> dict[str, float]:
             start, watched = time.perf_counter(), []
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * (1 - (epoch - 1) / args.epochs)
-            for loss, parts in losses():
-                if not torch.isfinite(loss):
-                    raise SystemExit(
-                        f"The loss is {loss.item()} in step {len(watched)} of epoch {epoch}: the "
-                        "run stops. A smaller --learning-rate may help."
-                    )
+            for loss, parts in minibatch_losses():
+                refuse_infinity(loss.item(), f"in step {len(watched)} of epoch {epoch}")
                 update(optimizer, loss)
                 watched.append(parts)
-            seconds += time.perf_counter() - start
+            took = time.perf_counter() - start
+            seconds += took
 
             metrics = {tag: float(np.mean([parts[tag] for parts in watched])) for tag in watched[0]}
-            metrics["charts/SPS"] = len(watched) * args.batch_size / (time.perf_counter() - start)
+            examples = len(watched) * args.batch_size if test is None else len(digits)
+            metrics["charts/SPS"] = examples / took  # images or games per second
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            metrics["charts/minutes"] = seconds / 60
-            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
-            save_checkpoint(run_dir / "checkpoint.pt", epoch=epoch, **state)
+            metrics["charts/minutes"] = seconds / 60  # of training alone
             if epoch == args.epochs:
-                metrics |= evaluate(net, args, test)
+                metrics |= evaluate_both()
             elif epoch % args.eval_every == 0:
                 scores = evaluate(net, args, validation)
                 metrics |= {tag.replace("eval/", "validation/"): v for tag, v in scores.items()}
+            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
+            save_checkpoint(run_dir / "checkpoint.pt", epoch=epoch, **state)
             report(writer, epoch, metrics)
     except KeyboardInterrupt:
-        path = run_dir / "checkpoint.pt"
-        raise SystemExit(f"Stopped; go on with the same flags and --resume {path}") from None
+        raise stopped(run_dir) from None
     finally:
         writer.close()
     if args.task == "catch":

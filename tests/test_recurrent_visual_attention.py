@@ -130,7 +130,7 @@ def glimpses(**kwargs):
     torch.manual_seed(0)
     net = RecurrentAttentionModel(8, 1, 10, lstm=False)
     x = torch.randint(0, 256, (6, 28, 28), dtype=torch.uint8)
-    return net, ram.look(net, x, 5, **kwargs), x
+    return net, ram.look(net, ram.integral_image(x), 5, **kwargs), x
 
 
 def test_math_look_samples_around_its_means_and_clips_where_it_looks():
@@ -138,7 +138,7 @@ def test_math_look_samples_around_its_means_and_clips_where_it_looks():
     x = torch.randint(0, 256, (3000, 28, 28), dtype=torch.uint8)
     with torch.no_grad():
         net.location.bias[:] = torch.tensor([0.9, 0.0])
-        seen = ram.look(net, x, 3, std=0.2)
+        seen = ram.look(net, ram.integral_image(x), 3, std=0.2)
     noise = seen.sample - seen.mu
     assert noise.std().item() == pytest.approx(0.2, abs=0.01) and abs(noise.mean()) < 0.01
     assert (seen.sample > 1).any() and seen.l.abs().max() <= 1
@@ -387,7 +387,7 @@ def test_command_line(tmp_path):
     command += ["--dataset", "digits", "--epochs", "1", "--eval-every", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "eval/error_deterministic" in done.stdout and "eval/distance" in done.stdout
+    assert "eval/error_single_path" in done.stdout and "eval/distance" in done.stdout
     (run_dir,) = tmp_path.glob("runs/cluttered__recurrent_visual_attention__1__*")
     names = {path.name for path in run_dir.iterdir()}
     assert {"checkpoint.pt", "metrics.csv", "glimpses.png"} <= names

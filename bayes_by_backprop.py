@@ -1,0 +1,872 @@
+"""Bayes by Backprop: a network whose every weight is a Gaussian, trained by gradient descent.
+
+    Paper    Blundell et al., "Weight uncertainty in neural networks", ICML 2015
+    Shows    weights with uncertainty regularise as well as dropout does (table 1)
+    Run      python bayes_by_backprop.py --task mnist --method bbb
+    Result   not yet measured
+
+Departures: ours (the paper's)
+    Adam, 1e-3, batch 128 (SGD 1e-3 to 1e-5, one flag away); rho starts at -5 (not told)
+    KL / M in each of M minibatches (2^(M-i) / (2^M - 1), one flag away: its first minibatches of an
+      epoch carry all of the KL, which Adam's second moment does not forgive)
+    prior pi 1/4, -log sigma_1 = 1, -log sigma_2 = 6 (searched, the choice not told)
+    the step descends the cost of a minibatch divided by its size (mean or sum not told)
+    dropout: half of the hidden units, a fifth of the pixels (after Hinton et al., not told)
+    regression: 2 x 100 units, noise 0.02 a deviation, x in [0, 0.5] (not told)
+    bandit: the mean of a Gaussian of deviation 1 is learned by Adam, 1e-3 (not told)
+
+Symbols: w weights and biases as one vector, q(w) = N(mu, sigma^2) with sigma = log(1 + e^rho) their
+posterior, P(w) their prior, eps unit noise, M minibatches of an epoch, pi_i share of the KL in the
+i-th. Shapes: W weights, B examples, S samples of w.
+"""
+
+import csv
+import gzip
+import hashlib
+import math
+import time
+import urllib.request
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from http.client import HTTPException
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from sklearn import datasets
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # The method
+    task: Literal["mnist", "regression", "bandit"] = "mnist"  # which of the paper's experiments
+    method: Literal["bbb", "sgd", "dropout"] = "bbb"  # mnist: ours or the paper's baselines
+    agent: Literal["bbb", "greedy", "greedy-1", "greedy-5"] = "bbb"  # bandit: % of random actions
+    hidden_units: int = 0  # of each of the two hidden layers; 0: 400 on mnist, else 100
+    samples: int = 1  # of the weights in the cost of a minibatch
+    prior: Literal["mixture", "gaussian"] = "mixture"  # scale mixture, or its first part alone
+    prior_pi: float = 0.25  # weight of the first, wide part
+    prior_sigma_1: float = math.exp(-1)  # its deviation
+    prior_sigma_2: float = math.exp(-6)  # that of the narrow part
+    rho_init: float = -5.0  # of every rho: deviations begin at log(1 + e^rho)
+    kl_weighting: Literal["uniform", "blundell"] = "uniform"  # pi_i: 1/M or 2^(M-i) / (2^M - 1)
+    noise_std: float = 0.0  # of the Gaussian likelihood; 0: 0.1 in regression, 1 in the bandit
+    # Optimisation
+    epochs: int = 600  # passes over the training set (regression: over 1,000 points)
+    interactions: int = 50_000  # bandit: mushrooms met
+    batch_size: int = 128  # examples of a minibatch (bandit: 64, 64 of them after each mushroom)
+    optimizer: Literal["adam", "sgd"] = "adam"  # sgd: the paper's, with --sgd-momentum
+    learning_rate: float = 1e-3  # constant
+    sgd_momentum: float = 0.0  # of --optimizer sgd
+    # The run
+    dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
+    bandit_data: Literal["mushroom", "breast-cancer"] = "mushroom"  # the second: in scikit-learn
+    data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
+    eval_samples: int = 10  # networks drawn from the posterior, their probabilities averaged
+    report_every: int = 1000  # bandit: mushrooms between two reports
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    seed: int = 1  # of every random number
+    run_dir: str = ""  # for logs, pictures, checkpoint.pt; default runs/TASK__SCRIPT__SEED__TIME
+    resume: str = ""  # a checkpoint.pt to continue from, in its own folder
+    evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
+
+
+# ---- The method ---------------------------------------------------------------------------------
+
+
+class Prior(NamedTuple):
+    """P(w_j) = pi N(0, sigma_1^2) + (1 - pi) N(0, sigma_2^2) of every weight (equation 7).
+
+    With sigma_1 = sigma_2 it is a single Gaussian.
+    """
+
+    pi: float
+    sigma_1: float
+    sigma_2: float
+
+    def log_odds(self, w: Tensor) -> Tensor:
+        """log of the first part's density over the second's, each with its weight."""
+        slope = (self.sigma_2**-2 - self.sigma_1**-2) / 2
+        at_0 = math.log(self.pi / (1 - self.pi) * self.sigma_2 / self.sigma_1)
+        return w.square().mul_(slope).add_(at_0)
+
+    def log_density(self, w: Tensor) -> Tensor:
+        """log P(w_j) of each weight: log(A + B) = log B + log(1 + A / B)."""
+        log_second = -0.5 * (w / self.sigma_2).square() + (
+            math.log((1 - self.pi) / self.sigma_2) - math.log(2 * math.pi) / 2
+        )
+        return log_second + F.softplus(self.log_odds(w))
+
+    def score(self, w: Tensor) -> Tensor:
+        """d log P(w_j) / d w_j, the parts weighed by their responsibilities."""
+        first = self.log_odds(w).sigmoid_()
+        return -w * torch.lerp(
+            torch.full_like(w, self.sigma_2**-2), torch.full_like(w, self.sigma_1**-2), first
+        )
+
+
+def log_q(eps: Tensor, sigma: Tensor) -> Tensor:
+    """log q(w_j) of w = mu + sigma eps."""
+    return -0.5 * eps.square() - sigma.log() - math.log(2 * math.pi) / 2
+
+
+class SampledWeights(torch.autograd.Function):
+    """w = mu + sigma eps and its log q(w) - log P(w), with the gradients of section 3.2 by hand.
+
+    In w's own gradient -eps / sigma of log q meets +eps / sigma of its mean and is gone; what
+    remains of log q is -1 / sigma, in the gradient of rho.
+    """
+
+    @staticmethod
+    def forward(ctx, mu: Tensor, rho: Tensor, eps: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+        sigma = F.softplus(rho)
+        w = torch.addcmul(mu, sigma, eps)
+        ctx.prior = prior
+        ctx.save_for_backward(w, rho, sigma, eps)
+        return w, (log_q(eps, sigma) - prior.log_density(w)).sum()
+
+    @staticmethod
+    def backward(ctx, d_w: Tensor, d_kl: Tensor):
+        w, rho, sigma, eps = ctx.saved_tensors
+        d_mu = d_w - d_kl * ctx.prior.score(w)
+        d_rho = (d_mu * eps - d_kl / sigma) * rho.sigmoid()
+        return d_mu, d_rho, None, None
+
+
+class WeightPosterior(nn.Module):
+    """q(w), a Gaussian for each weight and bias of a network of the given layer sizes."""
+
+    def __init__(self, sizes: Sequence[int], rho_init: float):
+        super().__init__()
+        self.mu = nn.Parameter(initial_weights(sizes))
+        self.rho = nn.Parameter(torch.full_like(self.mu, rho_init))
+        self.register_buffer("kept", torch.ones_like(self.mu, dtype=torch.bool))
+
+    def sample(self, prior: Prior) -> tuple[Tensor, Tensor]:
+        """w [W] and log q(w) - log P(w), for training; nothing is pruned yet."""
+        return SampledWeights.apply(self.mu, self.rho, torch.randn_like(self.mu), prior)
+
+    @torch.no_grad()
+    def draw(self) -> Tensor:
+        """w [W] for prediction; a pruned weight is 0 and has no noise."""
+        w = torch.addcmul(self.mu, F.softplus(self.rho), torch.randn_like(self.mu))
+        return w * self.kept
+
+    @torch.no_grad()
+    def mean(self) -> Tensor:
+        return self.mu * self.kept
+
+    @torch.no_grad()
+    def signal_to_noise(self) -> Tensor:
+        """|mu| / sigma of each weight (section 5.1)."""
+        return self.mu.abs() / F.softplus(self.rho)
+
+    @torch.no_grad()
+    def prune(self, fraction: float) -> None:
+        """Remove the weights of lowest signal to noise."""
+        order = self.signal_to_noise().argsort()
+        self.kept.fill_(True)
+        self.kept[order[: round(fraction * len(order))]] = False
+
+
+class PointEstimate(nn.Module):
+    """The weights of an ordinary network, with the interface of a posterior."""
+
+    def __init__(self, sizes: Sequence[int]):
+        super().__init__()
+        self.w = nn.Parameter(initial_weights(sizes))
+
+    def sample(self, prior: Prior) -> tuple[Tensor, Tensor]:
+        return self.w, torch.zeros((), device=self.w.device)
+
+    def draw(self) -> Tensor:
+        return self.w.detach()
+
+    mean = draw
+
+
+def initial_weights(sizes: Sequence[int]) -> Tensor:
+    """Uniform in +-1 / sqrt(n) for a layer of n inputs, as torch does; layer by layer, W then b."""
+    layers = [torch.empty(m * (n + 1)).uniform_(-1, 1) / math.sqrt(n) for n, m in pairwise(sizes)]
+    return torch.cat(layers)
+
+
+def network(
+    x: Tensor, w: Tensor, sizes: Sequence[int], dropout: Sequence[float] = (0.0, 0.0)
+) -> Tensor:
+    """Outputs [B, m] of the rectifier network with weights w [W]; dropout of inputs, of units."""
+    parts = w.split([size for n, m in pairwise(sizes) for size in (m * n, m)])
+    x = F.dropout(x, dropout[0]) if dropout[0] else x
+    for i, (n, m) in enumerate(pairwise(sizes)):
+        x = F.linear(x, parts[2 * i].view(m, n), parts[2 * i + 1])
+        if i < len(sizes) - 2:
+            x = x.relu_()
+            x = F.dropout(x, dropout[1]) if dropout[1] else x
+    return x
+
+
+def kl_weight(i: int, M: int, kl_weighting: str) -> float:
+    """pi_i of minibatch i = 1 ... M; they sum to 1 (section 3.4). 2^-i instead of 2^(M-i)."""
+    return 1 / M if kl_weighting == "uniform" else 2.0**-i / (1 - 2.0**-M)
+
+
+def minibatch_cost(
+    weights: nn.Module,
+    negative_log_likelihood: Callable[[Tensor], Tensor],
+    pi_i: float,
+    prior: Prior,
+    samples: int,
+) -> tuple[Tensor, Tensor]:
+    """pi_i KL - log P(D_i|w), the same w in all three terms, mean over samples (equations 2, 9).
+
+    negative_log_likelihood(w) sums over the examples of the minibatch, so that the costs of an
+    epoch sum to the free energy of the whole training set. Returns both terms.
+    """
+    kl, error = 0, 0
+    for _ in range(samples):
+        w, kl_of_w = weights.sample(prior)
+        kl, error = kl + pi_i * kl_of_w / samples, error + negative_log_likelihood(w) / samples
+    return kl, error
+
+
+# ---- The data -----------------------------------------------------------------------------------
+
+
+def download(url: str, path: Path, remedy: str) -> bytes:
+    """What url holds; otherwise a sentence that says what is missing and what to do."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.read()
+    except (OSError, HTTPException) as error:
+        raise SystemExit(
+            f"{path} is missing and {url} cannot be reached ({error}).\n{remedy}"
+        ) from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file with all of its content, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_bytes(content)
+    path.with_suffix(".part").replace(path)
+
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_MD5 = {  # of the unpacked files
+    "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def download_mnist(path: Path) -> None:
+    """Fetch one of the four files whole, or leave nothing behind."""
+    remedy = "Put it there, point --data-dir at a folder that has mnist/, or use --dataset digits."
+    content = download(MNIST_URL + path.name, path, remedy)
+    try:
+        checksum = hashlib.md5(gzip.decompress(content)).hexdigest()
+    except (OSError, EOFError, zlib.error):
+        checksum = "none"
+    if checksum != MNIST_MD5[path.name]:
+        raise SystemExit(f"{MNIST_URL}{path.name} did not send MNIST: its checksum is wrong.")
+    write_whole(path, content)
+
+
+def load_mnist(data_dir: str, split: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
+    """Images [N, 28, 28] as bytes and labels [N]; a missing file is downloaded."""
+    arrays = []
+    for kind, header, shape in (("images-idx3", 16, (-1, 28, 28)), ("labels-idx1", 8, (-1,))):
+        path = Path(data_dir, "mnist", f"{split}-{kind}-ubyte.gz")
+        if not path.exists():
+            download_mnist(path)
+        try:
+            content = gzip.decompress(path.read_bytes())
+            arrays.append(np.frombuffer(content, np.uint8, offset=header).reshape(shape))
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise SystemExit(f"{path} is damaged ({error}); delete it to fetch it again.") from None
+    images, labels = arrays
+    return torch.tensor(images), torch.tensor(labels, dtype=torch.long)
+
+
+def load_digits(split: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1797 8x8 digits in MNIST's format: 20x20 inside 28x28, bytes."""
+    digits = datasets.load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
+    images = F.pad(F.interpolate(images, size=20, mode="bilinear"), (4, 4, 4, 4))
+    images = images[:, 0].round().byte()
+    labels = torch.tensor(digits.target, dtype=torch.long)
+    part = slice(0, 1500) if split == "train" else slice(1500, None)
+    return images[part], labels[part]
+
+
+MUSHROOM_URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/mushroom/"
+MUSHROOM_MD5 = "08abc775ae2a79b402cc75f3a29e4b7d"
+
+
+def load_mushrooms(data_dir: str) -> tuple[Tensor, Tensor]:
+    """Contexts [8124, 117], one-hot, and whether each mushroom is edible; downloaded if missing."""
+    path = Path(data_dir, "mushroom", "agaricus-lepiota.data")
+    if not path.exists():
+        url = MUSHROOM_URL + path.name
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                content = response.read()
+        except OSError as error:
+            raise SystemExit(
+                f"{path} is missing and {url} cannot be reached ({error}).\n"
+                "Put it there, or use --bandit-data breast-cancer."
+            ) from None
+        if hashlib.md5(content).hexdigest() != MUSHROOM_MD5:
+            raise SystemExit(f"{url} did not send the mushrooms: its checksum is wrong.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_bytes(content)
+        path.with_suffix(".part").replace(path)
+    rows = [line.split(",") for line in path.read_text().split()]
+    if {len(row) for row in rows} != {23}:
+        raise SystemExit(f"{path} is damaged (not 23 columns); delete it to fetch it again.")
+    columns = [np.array(column) for column in zip(*rows)]
+    one_hot = [column == value for column in columns[1:] for value in sorted(set(column))]
+    return torch.tensor(np.stack(one_hot, 1), dtype=torch.float32), torch.tensor(columns[0] == "e")
+
+
+def load_breast_cancer() -> tuple[Tensor, Tensor]:
+    """Standardised contexts [569, 30] and whether each is benign, to be eaten like a mushroom."""
+    data = datasets.load_breast_cancer()
+    x = (data.data - data.data.mean(0)) / data.data.std(0)
+    return torch.tensor(x, dtype=torch.float32), torch.tensor(data.target == 1)
+
+
+def make_curve(N: int) -> tuple[Tensor, Tensor]:
+    """x [N, 1] in [0, 0.5] and the noisy curve y [N, 1] over it (section 5.2)."""
+    x, noise = torch.rand(N, 1) / 2, 0.02 * torch.randn(N, 1)
+    waves = torch.sin(2 * math.pi * (x + noise)) + torch.sin(4 * math.pi * (x + noise))
+    return x, x + 0.3 * waves + noise
+
+
+# ---- Evaluation and training --------------------------------------------------------------------
+
+
+def report(writer, step: int, metrics: dict[str, float]) -> None:
+    """The same numbers to the terminal, to tensorboard and to metrics.csv."""
+    tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+    with open(Path(writer.log_dir, "metrics.csv"), "a", newline="") as file:
+        csv.writer(file).writerows([step, name, value] for name, value in metrics.items())
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> dict:
+    """What save_checkpoint wrote, its parameters put into net.
+
+    The flags named in shaping must be those of the run that wrote it.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu")
+        for name in shaping:
+            theirs, ours = checkpoint["args"][name], getattr(args, name)
+            if theirs != ours:
+                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+        net.load_state_dict(checkpoint["net"])
+    except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
+        kind = type(error).__name__
+        raise SystemExit(
+            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+        ) from None
+    return checkpoint
+
+
+def open_run_dir(args: Args, task: str, script: str) -> Path:
+    """The folder of this run: that of the checkpoint it resumes, or a new one."""
+    if args.resume:
+        return Path(args.resume).parent
+    name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    if (run_dir / "checkpoint.pt").exists():
+        raise SystemExit(
+            f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
+            "another --run-dir begins anew."
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+    return run_dir
+
+
+class Diverged(SystemExit):
+    """The loss is no longer a number."""
+
+
+def refuse_infinity(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
+            "a smaller --learning-rate may help."
+        )
+
+
+def stopped(run_dir: str | Path) -> SystemExit:
+    """What Ctrl-C ends with."""
+    path = Path(run_dir, "checkpoint.pt")
+    if not path.exists():
+        return SystemExit("Stopped before the first checkpoint.")
+    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU here; leave the flag out.")
+    return name
+
+
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "eval_epsilon")
+
+
+def check(args: Args) -> None:
+    """Refuse numbers that no run can have and flags that exclude each other."""
+    for field in fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        counts = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
+        lowest, highest = int(counts), 1 if field.name in FRACTIONS else 2**32 - 1
+        signed = isinstance(field.default, float) and field.default < 0
+        if type(value) in (int, float) and not signed and not lowest <= value <= highest:
+            raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if args.resume and args.evaluate:
+        raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
+    if args.resume and args.run_dir:
+        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def make_prior(args: Args) -> Prior:
+    sigma_2 = args.prior_sigma_2 if args.prior == "mixture" else args.prior_sigma_1
+    return Prior(args.prior_pi, args.prior_sigma_1, sigma_2)
+
+
+def make_optimizer(weights: nn.Module, args: Args) -> torch.optim.Optimizer:
+    if args.optimizer == "adam":
+        return torch.optim.Adam(weights.parameters(), args.learning_rate, fused=True)
+    return torch.optim.SGD(
+        weights.parameters(), args.learning_rate, momentum=args.sgd_momentum, fused=True
+    )
+
+
+def update(
+    weights: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    negative_log_likelihood: Callable[[Tensor], Tensor],
+    pi_i: float,
+    batch_size: int,
+    prior: Prior,
+    samples: int,
+) -> tuple[Tensor, Tensor]:
+    """One step on the cost of a minibatch by its size; returns KL and error terms of the cost."""
+    kl, error = minibatch_cost(weights, negative_log_likelihood, pi_i, prior, samples)
+    optimizer.zero_grad()
+    ((kl + error) / batch_size).backward()
+    optimizer.step()
+    return kl.detach(), error.detach()
+
+
+@torch.no_grad()
+def class_probabilities(
+    weights: nn.Module, x: Tensor, sizes: Sequence[int], samples: int
+) -> Tensor:
+    """[B, 10]; arithmetic mean over networks drawn from the posterior; 0 samples: of its mean."""
+    if samples == 0:
+        return network(x, weights.mean(), sizes).softmax(1)
+    return sum(network(x, weights.draw(), sizes).softmax(1) for _ in range(samples)) / samples
+
+
+def error_rate(p: Tensor, y: Tensor) -> float:
+    """Percent."""
+    return 100 * (p.argmax(1) != y).float().mean().item()
+
+
+PRUNED = (0.0, 0.5, 0.75, 0.95, 0.98)  # table 2
+
+
+def evaluate(
+    weights: nn.Module, sizes: Sequence[int], test: tuple[Tensor, Tensor], args: Args
+) -> dict[str, float]:
+    """Test errors in percent, of the mean weights and of networks drawn; those after pruning."""
+    x, y = test
+    bayesian = isinstance(weights, WeightPosterior)
+    metrics = {"eval/error_of_mean": error_rate(class_probabilities(weights, x, sizes, 0), y)}
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        for fraction in PRUNED if bayesian else ():
+            weights.prune(fraction)
+            p = class_probabilities(weights, x, sizes, args.eval_samples)
+            metrics[f"eval/error_pruned_{100 * fraction:g}"] = error_rate(p, y)
+            p = class_probabilities(weights, x, sizes, 0)
+            metrics[f"eval/error_of_mean_pruned_{100 * fraction:g}"] = error_rate(p, y)
+        if bayesian:
+            weights.prune(0.0)
+    metrics["eval/error"] = metrics.get("eval/error_pruned_0", metrics["eval/error_of_mean"])
+    return metrics
+
+
+def draw_weights(weights: WeightPosterior, path: Path) -> None:
+    """Densities of the weights and of their signal to noise (figures 3 and 4)."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
+    axes[0].hist(weights.draw().cpu().numpy(), bins=200, range=(-0.2, 0.2), density=True)
+    axes[0].set(xlabel="weight, one sample", ylabel="density")
+    snr = weights.signal_to_noise().clamp(min=1e-6).log10().cpu().numpy()
+    axes[1].hist(snr, bins=200, range=(-4, 2), density=True)
+    for fraction in PRUNED[2:]:
+        axes[1].axvline(np.quantile(snr, fraction), color="black", lw=0.8)
+        axes[1].text(
+            np.quantile(snr, fraction), 0, f" {100 * fraction:g} %", rotation=90, fontsize=7
+        )
+    axes[1].set(xlabel="log10 |mu| / sigma", ylabel="density")
+    figure.savefig(path, dpi=90, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_pruning(metrics: dict[str, float], path: Path) -> None:
+    """Test error against the share of weights removed (table 2)."""
+    figure, axis = plt.subplots(figsize=(5, 3.4))
+    for label, tag in (
+        ("networks drawn", "eval/error_pruned_"),
+        ("mean", "eval/error_of_mean_pruned_"),
+    ):
+        errors = [metrics[f"{tag}{100 * fraction:g}"] for fraction in PRUNED]
+        axis.plot([100 * fraction for fraction in PRUNED], errors, "o-", label=label)
+    axis.set(xlabel="weights removed, %", ylabel="test error, %", yscale="log")
+    axis.legend()
+    figure.savefig(path, dpi=90, bbox_inches="tight")
+    plt.close(figure)
+
+
+def open_writer(args: Args, task: str) -> SummaryWriter:
+    writer = SummaryWriter(open_run_dir(args, task, "bayes_by_backprop"))
+    writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
+    return writer
+
+
+def run_mnist(args: Args, device: str) -> dict[str, float]:
+    """Section 5.1: the model of the lowest validation error is tested."""
+    load = {"mnist": partial(load_mnist, args.data_dir), "digits": load_digits}[args.dataset]
+    (x, y), (x_test, y_test) = ([part.to(device) for part in load(s)] for s in ("train", "t10k"))
+    x, x_test = x.flatten(1) / 126, x_test.flatten(1) / 126
+    held_out = len(x) // 6  # 10,000 of 60,000
+    x_validation, y_validation = x[-held_out:], y[-held_out:]
+    x, y = x[:-held_out], y[:-held_out]
+
+    width = args.hidden_units or 400
+    sizes = (784, width, width, 10)
+    bayesian = args.method == "bbb"
+    weights = WeightPosterior(sizes, args.rho_init) if bayesian else PointEstimate(sizes)
+    weights.to(device)
+    dropout = (0.2, 0.5) if args.method == "dropout" else (0.0, 0.0)
+    optimizer, prior = make_optimizer(weights, args), make_prior(args)
+    best = {"error": float("inf"), "epoch": 0, "net": weights.state_dict()}
+    shaping = ("task", "method", "dataset", "hidden_units")
+    first_epoch, seconds = 1, 0.0
+    if args.evaluate:
+        checkpoint = load_checkpoint(Path(args.evaluate), args, weights, *shaping)
+        weights.load_state_dict(checkpoint["best"]["net"])
+        metrics = evaluate(weights, sizes, (x_test, y_test), args)
+        if bayesian:
+            draw_weights(weights, Path(args.evaluate).with_name("weights.png"))
+            draw_pruning(metrics, Path(args.evaluate).with_name("pruning.png"))
+        return metrics
+    if args.resume:
+        checkpoint = load_checkpoint(Path(args.resume), args, weights, *shaping)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+        best, seconds = checkpoint["best"], checkpoint["seconds"]
+        first_epoch = checkpoint["epoch"] + 1
+        if first_epoch > args.epochs:
+            raise SystemExit(f"{args.resume} has had {args.epochs} epochs: raise --epochs.")
+
+    writer = open_writer(args, f"{args.task}_{args.method}")
+    try:
+        for epoch in tqdm(range(first_epoch, args.epochs + 1), unit="epoch", disable=None):
+            start, terms = time.perf_counter(), []
+            batches = torch.randperm(len(x)).to(device).split(args.batch_size)
+            for i, batch in enumerate(batches, start=1):
+
+                def negative_log_likelihood(w: Tensor, batch: Tensor = batch) -> Tensor:
+                    logits = network(x[batch], w, sizes, dropout)
+                    return F.cross_entropy(logits, y[batch], reduction="sum")
+
+                pi_i = kl_weight(i, len(batches), args.kl_weighting)
+                how = pi_i, len(batch), prior, args.samples
+                terms.append(torch.stack(update(weights, optimizer, negative_log_likelihood, *how)))
+                refuse_infinity(terms[-1].sum().item(), f"in step {i} of epoch {epoch}")
+            kl, error = torch.stack(terms).sum(0).tolist()
+            seconds += time.perf_counter() - start
+
+            metrics = {"losses/free_energy": kl + error, "losses/kl": kl, "losses/error": error}
+            metrics["charts/SPS"] = len(x) / (time.perf_counter() - start)  # images per second
+            metrics["charts/minutes"] = seconds / 60
+            for tag, examples in (
+                ("validation", (x_validation, y_validation)),
+                ("test", (x_test, y_test)),
+            ):
+                p = class_probabilities(weights, examples[0], sizes, 0)
+                metrics[f"{tag}/error_of_mean"] = error_rate(p, examples[1])
+            if metrics["validation/error_of_mean"] < best["error"]:
+                copied = {name: value.clone() for name, value in weights.state_dict().items()}
+                best = {"error": metrics["validation/error_of_mean"], "epoch": epoch, "net": copied}
+            state = {"net": weights.state_dict(), "optimizer": optimizer.state_dict(), "best": best}
+            state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
+            save_checkpoint(Path(writer.log_dir, "checkpoint.pt"), epoch=epoch, **state)
+            if epoch == args.epochs:
+                weights.load_state_dict(best["net"])
+                metrics |= evaluate(weights, sizes, (x_test, y_test), args)
+                metrics["charts/chosen_epoch"] = best["epoch"]
+            report(writer, epoch, metrics)
+    except KeyboardInterrupt:
+        raise stopped(writer.log_dir) from None
+    finally:
+        writer.close()
+    if bayesian:
+        draw_weights(weights, Path(writer.log_dir, "weights.png"))
+        draw_pruning(metrics, Path(writer.log_dir, "pruning.png"))
+    return metrics
+
+
+@torch.no_grad()
+def predictive_quartiles(
+    weights: nn.Module, x: Tensor, sizes: Sequence[int], noise_std: float, samples: int
+) -> Tensor:
+    """[3, N] quartiles of y at x [N, 1], of networks drawn and of the noise."""
+    means = torch.stack([network(x, weights.draw(), sizes)[:, 0] for _ in range(samples)])
+    y = means + noise_std * torch.randn_like(means)
+    return y.quantile(torch.tensor([0.25, 0.5, 0.75], device=x.device), dim=0)
+
+
+def draw_regression(
+    both: dict[str, nn.Module],
+    data: tuple[Tensor, Tensor],
+    sizes: Sequence[int],
+    std: float,
+    path: Path,
+) -> None:
+    """Median and quartiles inside and outside the data (figure 5)."""
+    x = torch.linspace(-0.25, 1.25, 300)[:, None]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    for axis, (title, weights) in zip(axes, both.items()):
+        low, median, high = predictive_quartiles(weights.cpu(), x, sizes, std, 500).numpy()
+        axis.plot(*(part[:200].cpu().numpy() for part in data), "x", ms=3, color="gray")
+        axis.fill_between(x[:, 0].numpy(), low, high, alpha=0.3)
+        axis.plot(x[:, 0].numpy(), median, color="tab:red")
+        axis.set(title=title, xlabel="x", ylim=(-0.5, 1.3))
+    axes[0].set(ylabel="y: median and quartiles")
+    figure.savefig(path, dpi=90, bbox_inches="tight")
+    plt.close(figure)
+
+
+def run_regression(args: Args, device: str) -> dict[str, float]:
+    """Section 5.2: Bayes by Backprop and a plain network on the same minibatches."""
+    x, y = (part.to(device) for part in make_curve(1000))
+    width, std = args.hidden_units or 100, args.noise_std or 0.1
+    sizes = (1, width, width, 1)
+    both = nn.ModuleDict(
+        {"Bayes by Backprop": WeightPosterior(sizes, args.rho_init), "plain": PointEstimate(sizes)}
+    ).to(device)
+    optimizers, prior = [make_optimizer(net, args) for net in both.values()], make_prior(args)
+    shaping, first_epoch = ("task", "hidden_units"), 1
+
+    def measure() -> dict[str, float]:
+        """Width of the band inside and outside of the data, error of the median inside."""
+        metrics = {}
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            for name, weights in (("bbb", both["Bayes by Backprop"]), ("plain", both["plain"])):
+                for where, low in (("inside", 0.0), ("outside", 0.75)):
+                    at = torch.linspace(low, low + 0.5, 100, device=device)[:, None]
+                    quartiles = predictive_quartiles(weights, at, sizes, std, 200)
+                    metrics[f"eval/{name}_band_{where}"] = (
+                        (quartiles[2] - quartiles[0]).mean().item()
+                    )
+                    if where == "inside":
+                        waves = (2 * math.pi * at).sin() + (4 * math.pi * at).sin()
+                        off = (quartiles[1] - (at + 0.3 * waves)[:, 0]).square().mean().sqrt()
+                        metrics[f"eval/{name}_error_inside"] = off.item()
+        return metrics
+
+    if args.evaluate:
+        load_checkpoint(Path(args.evaluate), args, both, *shaping)
+        return measure()
+    if args.resume:
+        checkpoint = load_checkpoint(Path(args.resume), args, both, *shaping)
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(checkpoint["rng"])
+        first_epoch = checkpoint["epoch"] + 1
+        if first_epoch > args.epochs:
+            raise SystemExit(f"{args.resume} has had {args.epochs} epochs: raise --epochs.")
+
+    writer = open_writer(args, args.task)
+    try:
+        for epoch in tqdm(range(first_epoch, args.epochs + 1), unit="epoch", disable=None):
+            batches, costs = torch.randperm(len(x)).to(device).split(args.batch_size), []
+            for i, batch in enumerate(batches, start=1):
+
+                def negative_log_likelihood(w: Tensor, batch: Tensor = batch) -> Tensor:
+                    off = network(x[batch], w, sizes) - y[batch]
+                    return (off / std).square().sum() / 2
+
+                pi_i = kl_weight(i, len(batches), args.kl_weighting)
+                how = negative_log_likelihood, pi_i, len(batch), prior, args.samples
+                terms = [update(net, opt, *how) for net, opt in zip(both.values(), optimizers)]
+                costs.append(sum(terms[0]))
+                refuse_infinity((costs[-1] + sum(terms[1])).item(), f"in step {i} of epoch {epoch}")
+            if epoch % 100 and epoch < args.epochs:
+                continue
+            state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            state |= {"rng": torch.get_rng_state(), "args": asdict(args), "net": both.state_dict()}
+            save_checkpoint(Path(writer.log_dir, "checkpoint.pt"), epoch=epoch, **state)
+            metrics = {"losses/free_energy": torch.stack(costs).sum().item()} | measure()
+            report(writer, epoch, metrics)
+    except KeyboardInterrupt:
+        raise stopped(writer.log_dir) from None
+    finally:
+        writer.close()
+    draw_regression(dict(both), (x, y), sizes, std, Path(writer.log_dir, "regression.png"))
+    return metrics
+
+
+BUFFER, STEPS, BATCH = 4096, 64, 64  # interactions kept, minibatches after each one, their size
+
+
+def reward(eat: Tensor, edible: Tensor, lucky: Tensor) -> Tensor:
+    """+5 for an edible mushroom, -35 or, half of the time, +5 for a poisonous one; 0 if left."""
+    return torch.where(eat.bool(), torch.where(edible | lucky, 5.0, -35.0), 0.0)
+
+
+def oracle_reward(edible: Tensor) -> Tensor:
+    return 5.0 * edible
+
+
+def choose(
+    weights: nn.Module, context: Tensor, sizes: Sequence[int], agent: str, percent: int
+) -> int:
+    """1 to eat, 0 to leave: Thompson sampling with two networks drawn, or epsilon-greedy."""
+    if torch.rand(()) < percent / 100:
+        return int(torch.randint(2, ()))
+    both = torch.cat([context.expand(2, -1), torch.eye(2)], 1)  # leave, eat
+    draws = 2 if agent == "bbb" else 1
+    with torch.no_grad():
+        value = sum(network(both, weights.draw(), sizes) for _ in range(draws))[:, 0]
+    return int(value.argmax())
+
+
+def draw_regret(path: Path) -> None:
+    """Cumulative regret of this run against interactions, from its metrics.csv (figure 6)."""
+    rows = [line.split(",") for line in Path(path.parent, "metrics.csv").read_text().splitlines()]
+    points = [(int(t), float(value)) for t, tag, value in rows if tag == "charts/regret"]
+    figure, axis = plt.subplots(figsize=(5, 3.4))
+    axis.plot(*zip(*points))
+    axis.set(xlabel="mushrooms met", ylabel="cumulative regret")
+    figure.savefig(path, dpi=90, bbox_inches="tight")
+    plt.close(figure)
+
+
+def run_bandit(args: Args) -> dict[str, float]:
+    """Section 5.3, on one core: the network is small and its steps are many."""
+    torch.set_num_threads(1)
+    load = {"mushroom": partial(load_mushrooms, args.data_dir), "breast-cancer": load_breast_cancer}
+    contexts, edible = load[args.bandit_data]()
+    width, std = args.hidden_units or 100, args.noise_std or 1.0
+    sizes = (contexts.shape[1] + 2, width, width, 1)
+    bayesian = args.agent == "bbb"
+    weights = WeightPosterior(sizes, args.rho_init) if bayesian else PointEstimate(sizes)
+    percent = {"bbb": 0, "greedy": 0, "greedy-1": 1, "greedy-5": 5}[args.agent]
+    optimizer, prior = make_optimizer(weights, args), make_prior(args)
+    x, r = torch.zeros(BUFFER, sizes[0]), torch.zeros(BUFFER, 1)  # context with action, reward
+    shaping = ("task", "agent", "bandit_data", "hidden_units")
+    first, regret, seconds, metrics = 0, 0.0, 0.0, {}
+    if args.evaluate:
+        raise SystemExit("--task bandit has nothing to evaluate: its regret is that of the run.")
+    if args.resume:
+        checkpoint = load_checkpoint(Path(args.resume), args, weights, *shaping)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+        x, r, regret = checkpoint["x"], checkpoint["r"], checkpoint["regret"]
+        first, seconds = checkpoint["t"], checkpoint["seconds"]
+        if first >= args.interactions:
+            raise SystemExit(f"{args.resume} has met {first} mushrooms: raise --interactions.")
+
+    writer = open_writer(args, f"{args.task}_{args.agent}")
+    start = time.perf_counter()
+    try:
+        for t in tqdm(range(first, args.interactions), unit="mushroom", disable=None):
+            met = torch.randint(len(contexts), ())
+            a = choose(weights, contexts[met], sizes, args.agent, percent)
+            r_t = reward(torch.tensor(a), edible[met], torch.rand(()) < 0.5)
+            regret += (oracle_reward(edible[met]) - r_t).item()
+            slot = t % BUFFER
+            x[slot] = torch.cat([contexts[met], torch.eye(2)[a]])
+            r[slot] = r_t
+
+            for i in range(1, STEPS + 1):
+                batch = torch.randint(min(t + 1, BUFFER), (BATCH,))
+
+                def negative_log_likelihood(w: Tensor, batch: Tensor = batch) -> Tensor:
+                    off = network(x[batch], w, sizes) - r[batch]
+                    return off.square().sum() / (2 * std**2)
+
+                pi_i = kl_weight(i, STEPS, args.kl_weighting)
+                how = pi_i, BATCH, prior, args.samples
+                terms = update(weights, optimizer, negative_log_likelihood, *how)
+            if (t + 1) % args.report_every and t + 1 < args.interactions:
+                continue
+            refuse_infinity(sum(terms).item(), f"after mushroom {t}")
+            seconds, start = seconds + time.perf_counter() - start, time.perf_counter()
+            state = {
+                "net": weights.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "x": x,
+                "r": r,
+            }
+            state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
+            path = Path(writer.log_dir, "checkpoint.pt")
+            save_checkpoint(path, t=t + 1, regret=regret, **state)
+            metrics = {"charts/regret": regret, "losses/kl": terms[0].item()}
+            metrics |= {"losses/error": terms[1].item(), "charts/minutes": seconds / 60}
+            report(writer, t + 1, metrics)
+    except KeyboardInterrupt:
+        raise stopped(writer.log_dir) from None
+    finally:
+        writer.close()
+    draw_regret(Path(writer.log_dir, "regret.png"))
+    return metrics
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    if not 0 < args.prior_pi < 1 or not 0 < args.prior_sigma_2 <= args.prior_sigma_1:
+        raise SystemExit(
+            "--prior-pi must lie between 0 and 1, --prior-sigma-2 above 0 and not above the first."
+        )
+    torch.manual_seed(args.seed)
+    device = choose_device(args.device)
+    if args.task == "bandit":
+        return run_bandit(args)
+    return (run_mnist if args.task == "mnist" else run_regression)(args, device)
+
+
+if __name__ == "__main__":
+    print(main(tyro.cli(Args, description=__doc__)))

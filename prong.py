@@ -1,0 +1,792 @@
+"""Natural neural networks: projected natural gradient descent (PRONG) and its rivals.
+
+    Paper    Desjardins et al., "Natural neural networks", NIPS 2015
+    Shows    whitened layers need several times fewer updates than gradient descent (figure 3)
+    Run      python prong.py --task autoencoder --method prong
+    Result   not yet measured
+
+Departures: ours (the paper's, its first version of arXiv)
+    algorithm 1 with the signs that equation 6 demands (as printed it changes the function)
+    whitened by the covariance (section 3 writes E[h h^T]); epsilon 0.01 (searched, in a figure)
+    prong+: batch normalisation after each whitened layer but the last (one of two descriptions of
+      it). It removes constants, so c = 0 there; batchnorm, too, leaves the last layer as it is
+    convolutions see zeros outside the image, whitened like any other pixel (not told)
+    cross-entropy of the autoencoder, summed over pixels, all layers sigmoid (not told); its
+      training error is that of the first 10,000 images
+    fisher: 100-20-20-10 units, overlapping means to 10x10, 2,000 images (not told)
+    cifar10: T, N_s and epsilon as elsewhere, centre crop in tests, (x - mean) / 64 (not told)
+    minibatches drawn independently; weights begin as torch's layers do (fan-in); --tune has neither
+      RMSprop's own two settings nor epsilon in its grid (the first two); no ImageNet
+
+Symbols: h input of a layer, z its output before the activation; c centres and U whitens h, V and d
+are trained; W = V U and b = d - W c are the canonical parameters, those of the same layer without
+whitening; lambda, E eigenvalues and eigenvectors of h's covariance; T updates between whitenings.
+Shapes: N samples, B images of a minibatch, n inputs and m outputs of a layer (channels of a
+convolution).
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import math
+import pickle
+import tarfile
+import time
+import urllib.request
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from sklearn import datasets
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Method = Literal["sgd", "rmsprop", "batchnorm", "prong", "prong+"]
+
+
+@dataclass
+class Args:
+    # The method
+    task: Literal["autoencoder", "fisher", "cifar10"] = "autoencoder"  # what is learned
+    method: Method = "prong"  # how; sgd, rmsprop and batchnorm are the paper's baselines
+    whitening_period: int = 1000  # T, updates between two whitenings; one comes before the first
+    whitening_samples: int = 100  # N_s, fresh training images that a whitening looks at
+    epsilon: float = 1e-2  # added to the eigenvalues: a direction gains at most 1 / epsilon
+    momentum: Literal["reset", "carry"] = "reset"  # velocity at a whitening: forgotten, transformed
+    # Optimisation
+    total_iterations: int = 20_000  # updates
+    batch_size: int = 128  # images of a minibatch
+    learning_rate: float = 1e-2  # constant; on cifar10 divided by 10 when validation stalls
+    momentum_decay: float = 0.9  # of the velocity; 0: none
+    rmsprop_decay: float = 0.99  # of the running squared gradient
+    rmsprop_eps: float = 0.1  # added to its root
+    tune: bool = False  # instead of the last three's values above, try 24 of them, one by one
+    # The run
+    dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
+    data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
+    report_every: int = 1000  # updates between two reports, each with a checkpoint
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    seed: int = 1  # of every random number
+    run_dir: str = ""  # for logs, pictures, checkpoint.pt; default runs/TASK_METHOD__SCRIPT__...
+    resume: str = ""  # a checkpoint.pt to continue from, in its own folder
+    evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
+
+
+# ---- The method ---------------------------------------------------------------------------------
+
+
+def whitening(h: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U, its inverse, c and the eigenvalues lambda from samples h [N, n] (equation 7), as float64.
+
+    U (h - c) has the covariance diag(lambda / (lambda + epsilon)).
+    """
+    h = h.double()
+    c = h.mean(0)
+    lambda_, E = torch.linalg.eigh((h - c).T @ (h - c) / len(h))  # ascending; columns of E
+    lambda_ = lambda_.clamp(min=0)  # rounding makes zeros negative
+    deviation = (lambda_ + epsilon).sqrt()
+    return (E / deviation).T, E * deviation, c, lambda_
+
+
+def seen_by(W: Tensor, c: Tensor) -> Tensor:
+    """W c [m] for a constant input c [n]: a kernel [m, n, k, k] sees it at each of its pixels."""
+    return W.reshape(*W.shape[:2], -1).sum(-1) @ c
+
+
+def canonical(V: Tensor, d: Tensor, U: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """W = V U, b = d - W c: the same layer without whitening (algorithm 1, line 7, mended)."""
+    W = torch.einsum("mi...,in->mn...", V, U)
+    return W, d - seen_by(W, c)
+
+
+def whitened(W: Tensor, b: Tensor, U_inverse: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """V = W U^-1, d = b + W c: the same layer under another whitening (line 10, mended)."""
+    V = torch.einsum("mi...,in->mn...", W, U_inverse)
+    return V, b + seen_by(W, c)
+
+
+class WhitenedLayer(nn.Module):
+    """z = V U (h - c) + d (equation 6), dense or, with a kernel, a convolution of the same size.
+
+    A convolution is whitened across channels, pixel by pixel, as by a 1x1 convolution before it
+    (section 4.3). Methods that do not whiten have no U; batchnorm and prong+ normalise z.
+    """
+
+    def __init__(self, n: int, m: int, kernel_size: int, method: Method, last: bool = False):
+        super().__init__()
+        normalised = method in ("batchnorm", "prong+") and not last
+        layer = nn.Conv2d(n, m, kernel_size) if kernel_size else nn.Linear(n, m)
+        norm = nn.BatchNorm2d if kernel_size else nn.BatchNorm1d
+        self.normalise = norm(m) if normalised else nn.Identity()
+        self.V, self.d = layer.weight, None if normalised else layer.bias  # norm has its own shift
+        self.is_whitened = method in ("prong", "prong+")
+        self.register_buffer("U", torch.eye(n) if self.is_whitened else None)
+        self.register_buffer("c", torch.zeros(n) if self.is_whitened else None)
+
+    def whiten(self, h: Tensor) -> Tensor:
+        """U (h - c) of an input [N, n]."""
+        return F.linear(h - self.c, self.U) if self.is_whitened else h
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.V.dim() == 2:
+            return self.normalise(F.linear(self.whiten(h), self.V, self.d))
+        d = self.d
+        if self.is_whitened:  # beyond the border h is 0 and U (h - c) is not: hence c goes into d
+            h = F.conv2d(h, self.U[:, :, None, None])
+            d = d if d is None else d - seen_by(self.V, self.U @ self.c)
+        return self.normalise(F.conv2d(h, self.V, d, padding="same"))
+
+
+@torch.no_grad()
+def layer_inputs(net: nn.Module, x: Tensor) -> dict[WhitenedLayer, Tensor]:
+    """Inputs [N, n] of all layers in one pass: whitening one changes no other layer's input."""
+    inputs, layers = {}, [layer for layer in net.modules() if isinstance(layer, WhitenedLayer)]
+
+    def keep(layer: WhitenedLayer, given: tuple[Tensor]) -> None:
+        inputs[layer] = given[0].movedim(1, -1).flatten(0, -2)  # a pixel is a sample
+
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    net(x)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+@torch.no_grad()
+def rewhiten(net: nn.Module, x: Tensor, optimizer: torch.optim.SGD, args: Args) -> list[Tensor]:
+    """Algorithm 1's outer loop: U, c from samples x, V, d such that the network stays the same.
+
+    Returns the eigenvalues of the covariance of each layer's input.
+    """
+    if args.momentum == "reset":
+        optimizer.state.clear()
+    spectra = []
+    for layer, h in layer_inputs(net, x).items():
+        U, U_inverse, c, lambda_ = whitening(h, args.epsilon)
+        if layer.d is None:
+            c = torch.zeros_like(c)
+
+        def move(V: Tensor, d: Tensor | None, layer=layer, U_inverse=U_inverse, c=c) -> None:
+            """From the layer's present basis to the new one, in place."""
+            shift = torch.zeros(len(V)).to(V) if d is None else d
+            W, b = canonical(V.double(), shift.double(), layer.U.double(), layer.c.double())
+            for old, new in zip((V, shift), whitened(W, b, U_inverse, c)):
+                old.copy_(new)
+
+        move(layer.V, layer.d)
+        if "momentum_buffer" in optimizer.state[layer.V]:
+            # a velocity is a displacement of (V, d), and the change of basis is linear
+            move(
+                *(
+                    p if p is None else optimizer.state[p]["momentum_buffer"]
+                    for p in (layer.V, layer.d)
+                )
+            )
+        layer.U.copy_(U)
+        layer.c.copy_(c)
+        spectra.append(lambda_.cpu())
+    return spectra
+
+
+@torch.no_grad()
+def input_condition(net: nn.Module, x: Tensor) -> float:
+    """Largest by mean eigenvalue of a layer's (whitened) input covariance, the worst layer's.
+
+    1 for a white input. Unlike the condition number it is finite where inputs are constant.
+    """
+    worst = 0.0
+    for layer, h in layer_inputs(net, x).items():
+        lambda_ = torch.linalg.eigvalsh(torch.cov(layer.whiten(h).double().T))
+        worst = max(worst, (lambda_[-1] / lambda_.mean()).item())
+    return worst
+
+
+@torch.enable_grad()
+def fisher_matrix(net: nn.Sequential, layer: WhitenedLayer, x: Tensor) -> Tensor:
+    """F = E_x E_(y ~ p(y|x)) [g g^T], g = d log p(y|x) / d(V, d) of one dense layer (equation 2).
+
+    All classes are weighed with their probability. [m (n+1), m (n+1)], float64.
+    """
+    kept = {}
+    hook = layer.register_forward_hook(lambda _, given, z: kept.update(h=given[0], z=z))
+    log_p = net(x).log_softmax(-1)  # [N, classes]
+    hook.remove()
+    h = layer.whiten(kept["h"]).detach().double()
+    h = torch.cat([h, torch.ones_like(h[:, :1])], 1)  # the last belongs to d
+    F_ = 0
+    for y in range(log_p.shape[1]):
+        (delta,) = torch.autograd.grad(log_p[:, y].sum(), kept["z"], retain_graph=True)  # [N, m]
+        g = (delta.double()[:, :, None] * h[:, None, :]).flatten(1)
+        g = g * (log_p[:, y : y + 1].detach().double() / 2).exp()
+        F_ = F_ + g.T @ g / len(x)
+    return F_
+
+
+def condition_number(F_: Tensor) -> float:
+    """Largest by smallest eigenvalue of a symmetric matrix; rounding bounds it by about 1e13."""
+    lambda_ = torch.linalg.eigvalsh(F_)
+    smallest = lambda_[-1] * len(F_) * torch.finfo(F_.dtype).eps
+    return (lambda_[-1] / lambda_[0].clamp(min=smallest)).item()
+
+
+def dense_network(widths: Sequence[int], activation: Callable, method: Method) -> nn.Sequential:
+    """Whitened layers with the activation between them."""
+    layers = []
+    for i, (n, m) in enumerate(itertools.pairwise(widths), start=1):
+        last = i == len(widths) - 1
+        layers += [WhitenedLayer(n, m, 0, method, last)] + [activation()] * (not last)
+    return nn.Sequential(*layers)
+
+
+def autoencoder(method: Method) -> nn.Sequential:
+    """784-1000-500-250-30 and back, logits of the pixels (section 4.2)."""
+    widths = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
+    return dense_network(widths, nn.Sigmoid, method)
+
+
+def convolutional_network(method: Method) -> nn.Sequential:
+    """Eight 3x3 convolutions, pooled after every second; the last scores (section 4.3)."""
+    widths, layers = [3, 64, 64, 128, 128, 256, 256, 512, 10], []
+    for i, (n, m) in enumerate(itertools.pairwise(widths), start=1):
+        layers += [WhitenedLayer(n, m, 3, method, last=i == 8)] + [nn.ReLU()] * (i < 8)
+        layers += [nn.MaxPool2d(2)] * (i in (2, 4, 6))
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
+
+
+# ---- The data -----------------------------------------------------------------------------------
+
+
+def download(url: str, path: Path, remedy: str) -> bytes:
+    """What url holds; otherwise a sentence that says what is missing and what to do."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.read()
+    except (OSError, HTTPException) as error:
+        raise SystemExit(
+            f"{path} is missing and {url} cannot be reached ({error}).\n{remedy}"
+        ) from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file with all of its content, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_bytes(content)
+    path.with_suffix(".part").replace(path)
+
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_MD5 = {  # of the unpacked files
+    "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def download_mnist(path: Path) -> None:
+    """Fetch one of the four files whole, or leave nothing behind."""
+    remedy = "Put it there, point --data-dir at a folder that has mnist/, or use --dataset digits."
+    content = download(MNIST_URL + path.name, path, remedy)
+    try:
+        checksum = hashlib.md5(gzip.decompress(content)).hexdigest()
+    except (OSError, EOFError, zlib.error):
+        checksum = "none"
+    if checksum != MNIST_MD5[path.name]:
+        raise SystemExit(f"{MNIST_URL}{path.name} did not send MNIST: its checksum is wrong.")
+    write_whole(path, content)
+
+
+def load_mnist(data_dir: str, split: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
+    """Images [N, 28, 28] as bytes and labels [N]; a missing file is downloaded."""
+    arrays = []
+    for kind, header, shape in (("images-idx3", 16, (-1, 28, 28)), ("labels-idx1", 8, (-1,))):
+        path = Path(data_dir, "mnist", f"{split}-{kind}-ubyte.gz")
+        if not path.exists():
+            download_mnist(path)
+        try:
+            content = gzip.decompress(path.read_bytes())
+            arrays.append(np.frombuffer(content, np.uint8, offset=header).reshape(shape))
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise SystemExit(f"{path} is damaged ({error}); delete it to fetch it again.") from None
+    images, labels = arrays
+    return torch.tensor(images), torch.tensor(labels, dtype=torch.long)
+
+
+def load_digits(split: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1797 8x8 digits in MNIST's format: 20x20 inside 28x28, bytes."""
+    digits = datasets.load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
+    images = F.pad(F.interpolate(images, size=20, mode="bilinear"), (4, 4, 4, 4))
+    images = images[:, 0].round().byte()
+    labels = torch.tensor(digits.target, dtype=torch.long)
+    part = slice(0, 1500) if split == "train" else slice(1500, None)
+    return images[part], labels[part]
+
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
+CIFAR_FOLDER = "cifar-10-batches-py"
+
+
+def download_cifar10(data_dir: str) -> None:
+    """Fetch the archive, check it and unpack its folder."""
+    remedy = "Unpack that archive there, or point --data-dir at a folder that has it."
+    content = download(CIFAR_URL, Path(data_dir, CIFAR_FOLDER), remedy)
+    if hashlib.md5(content).hexdigest() != CIFAR_MD5:
+        raise SystemExit(f"{CIFAR_URL} did not send CIFAR-10: its checksum is wrong.")
+    unpacked = Path(data_dir, "cifar-10.part")
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        archive.extractall(unpacked, filter="data")
+    (unpacked / CIFAR_FOLDER).replace(Path(data_dir, CIFAR_FOLDER))
+    unpacked.rmdir()
+
+
+def load_cifar10(data_dir: str, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, 32, 32] as bytes and labels [N]; missing files are downloaded."""
+    names = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
+    if not Path(data_dir, CIFAR_FOLDER, names[0]).exists():
+        download_cifar10(data_dir)
+    images, labels = [], []
+    for name in names:
+        path = Path(data_dir, CIFAR_FOLDER, name)
+        try:
+            batch = pickle.loads(path.read_bytes(), encoding="bytes")
+            images.append(batch[b"data"].reshape(-1, 3, 32, 32))
+            labels += batch[b"labels"]
+        except Exception as error:  # whatever bytes that are no batch make pickle raise
+            raise SystemExit(
+                f"{path} is missing or damaged ({error!r}); delete its folder to fetch it again."
+            ) from None
+    return torch.from_numpy(np.concatenate(images)), torch.tensor(labels)
+
+
+def crop(x: Tensor, size: int = 24, random: bool = True) -> Tensor:
+    """Crops [B, 3, size, size] of images x, each at a random place and half of them mirrored; or
+    from the middle, as they are.
+    """
+    B, S = len(x), x.shape[-1]
+    if not random:
+        corner = (S - size) // 2
+        return x[:, :, corner : corner + size, corner : corner + size]
+    corner = torch.randint(S - size + 1, (2, B, 1)).to(x.device)
+    rows, columns = corner + torch.arange(size, device=x.device)  # [B, size] each
+    mirrored = (torch.rand(B, 1) < 0.5).to(x.device)
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    image = torch.arange(B, device=x.device)[:, None, None]
+    return x[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+# ---- Evaluation and training --------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """What is learned from which images."""
+
+    net: nn.Module
+    x: Tensor  # training images
+    y: Tensor  # their labels
+    prepare: Callable  # (bytes, training) -> the network's input
+    loss: Callable  # (output, input, y) -> the mean over a minibatch
+    held_out: dict[str, tuple[Tensor, Tensor]]  # images and labels by tag: test, validation
+
+
+def reconstruction_loss(logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of the pixels, summed over an image, mean over images."""
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
+
+
+def classification_loss(logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits, y)
+
+
+def make_task(args: Args, device: str) -> Task:
+    if args.task == "cifar10":
+        (x, y), test = load_cifar10(args.data_dir, "train"), load_cifar10(args.data_dir, "test")
+        held_out = {"validation": (x[-5000:], y[-5000:]), "test": test}
+        x, y = x[:-5000], y[:-5000]
+        mean = x.float().mean((0, 2, 3)).to(device)[:, None, None]
+
+        def prepare(x: Tensor, training: bool) -> Tensor:
+            return (crop(x, random=training) - mean) / 64  # 64: about the pixels' deviation
+
+        net, loss = convolutional_network(args.method), classification_loss
+    else:
+        load = {"mnist": partial(load_mnist, args.data_dir), "digits": load_digits}[args.dataset]
+        (x, y), test = load("train"), load("t10k")
+        held_out = {"test": test}
+        if args.task == "autoencoder":
+            net, loss, size = autoencoder(args.method), reconstruction_loss, 28
+        else:
+            net = dense_network([100, 20, 20, 10], nn.Tanh, args.method)
+            loss, size = classification_loss, 10
+
+        def prepare(x: Tensor, training: bool) -> Tensor:
+            return F.adaptive_avg_pool2d(x / 255, size).flatten(1)
+
+    held_out = {tag: (a.to(device), b.to(device)) for tag, (a, b) in held_out.items()}
+    return Task(net.to(device), x.to(device), y.to(device), prepare, loss, held_out)
+
+
+def probe_fisher(task: Task) -> Tensor:
+    """The Fisher matrix of the middle layer on 2,000 training images."""
+    return fisher_matrix(task.net, task.net[2], task.prepare(task.x[:2000], False))
+
+
+@torch.no_grad()
+def evaluate(task: Task, args: Args) -> dict[str, float]:
+    """Loss and error on the first 10,000 training images and on those held out.
+
+    The error is the squared one, summed over an image's pixels, or the percentage misclassified.
+    """
+    task.net.eval()
+    metrics = {}
+    for tag, (x, y) in {"train": (task.x[:10_000], task.y[:10_000]), **task.held_out}.items():
+        loss, error = 0.0, 0.0
+        for x_, y_ in zip(x.split(1000), y.split(1000)):
+            given = task.prepare(x_, False)
+            output = task.net(given)
+            loss += task.loss(output, given, y_).item() * len(x_)
+            if args.task == "autoencoder":
+                error += (output.sigmoid() - given).square().sum().item()
+            else:
+                error += 100 * (output.argmax(1) != y_).sum().item()
+        metrics |= {f"eval/{tag}_loss": loss / len(x), f"eval/{tag}_error": error / len(x)}
+    metrics["eval/input_condition"] = input_condition(task.net, task.prepare(task.x[:1000], False))
+    if args.task == "fisher":
+        metrics["eval/condition"] = condition_number(probe_fisher(task))
+    task.net.train()
+    return metrics
+
+
+def make_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
+    if args.method == "rmsprop":
+        how = dict(alpha=args.rmsprop_decay, eps=args.rmsprop_eps, momentum=args.momentum_decay)
+        return torch.optim.RMSprop(net.parameters(), args.learning_rate, **how)
+    return torch.optim.SGD(net.parameters(), args.learning_rate, momentum=args.momentum_decay)
+
+
+def draw(task: Task, count: int) -> tuple[Tensor, Tensor]:
+    """Random training images as the network wants them, and their labels."""
+    chosen = torch.randint(len(task.x), (count,)).to(task.x.device)
+    return task.prepare(task.x[chosen], True), task.y[chosen]
+
+
+def update(task: Task, optimizer: torch.optim.Optimizer, batch_size: int) -> Tensor:
+    """One step on a fresh minibatch; returns its loss."""
+    x, y = draw(task, batch_size)
+    loss = task.loss(task.net(x), x, y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+class Waterfall:
+    """Divides the rate by 10 after four errors in a row that are not 1 % better (footnote 4)."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer, self.best, self.waited = optimizer, float("inf"), 0
+
+    def step(self, error: float) -> None:
+        if error < 0.99 * self.best:
+            self.best, self.waited = error, 0
+            return
+        self.waited += 1
+        if self.waited == 4:
+            self.waited = 0
+            for group in self.optimizer.param_groups:
+                group["lr"] /= 10
+
+
+def report(writer, step: int, metrics: dict[str, float]) -> None:
+    """The same numbers to the terminal, to tensorboard and to metrics.csv."""
+    tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+    with open(Path(writer.log_dir, "metrics.csv"), "a", newline="") as file:
+        csv.writer(file).writerows([step, name, value] for name, value in metrics.items())
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> dict:
+    """What save_checkpoint wrote, its parameters put into net.
+
+    The flags named in shaping must be those of the run that wrote it.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu")
+        for name in shaping:
+            theirs, ours = checkpoint["args"][name], getattr(args, name)
+            if theirs != ours:
+                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+        net.load_state_dict(checkpoint["net"])
+    except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
+        kind = type(error).__name__
+        raise SystemExit(
+            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+        ) from None
+    return checkpoint
+
+
+def open_run_dir(args: Args, task: str, script: str) -> Path:
+    """The folder of this run: that of the checkpoint it resumes, or a new one."""
+    if args.resume:
+        return Path(args.resume).parent
+    name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    if (run_dir / "checkpoint.pt").exists():
+        raise SystemExit(
+            f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
+            "another --run-dir begins anew."
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+    return run_dir
+
+
+class Diverged(SystemExit):
+    """The loss is no longer a number."""
+
+
+def refuse_infinity(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
+            "a smaller --learning-rate may help."
+        )
+
+
+def stopped(run_dir: str | Path) -> SystemExit:
+    """What Ctrl-C ends with."""
+    path = Path(run_dir, "checkpoint.pt")
+    if not path.exists():
+        return SystemExit("Stopped before the first checkpoint.")
+    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU here; leave the flag out.")
+    return name
+
+
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "eval_epsilon")
+
+
+def check(args: Args) -> None:
+    """Refuse numbers that no run can have and flags that exclude each other."""
+    for field in fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        counts = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
+        lowest, highest = int(counts), 1 if field.name in FRACTIONS else 2**32 - 1
+        signed = isinstance(field.default, float) and field.default < 0
+        if type(value) in (int, float) and not signed and not lowest <= value <= highest:
+            raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if args.resume and args.evaluate:
+        raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
+    if args.resume and args.run_dir:
+        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def draw_spectra(spectra: list[Tensor], epsilon: float, path: Path) -> None:
+    """Eigenvalues of each layer's input: as they are, and as the whitening leaves them."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharex=True)
+    for i, lambda_ in enumerate(spectra, start=1):
+        lambda_ = lambda_.flip(0).numpy()
+        axes[0].semilogy(np.maximum(lambda_, 1e-12), label=f"layer {i}")
+        axes[1].plot(lambda_ / (lambda_ + epsilon))
+    axes[0].set(xlabel="direction", ylabel="variance before", title="input of the layer")
+    axes[1].set(xlabel="direction", ylabel="variance after", title="whitened")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=90, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_fisher(matrices: dict[str, Tensor], path: Path) -> None:
+    """Absolute entries of Fisher matrices (figure 2); white from a fifth of the largest on."""
+    figure, axes = plt.subplots(1, len(matrices), figsize=(5 * len(matrices), 4.4), squeeze=False)
+    for axis, (title, F_) in zip(axes.flat, matrices.items()):
+        picture = axis.imshow((F_.abs() / F_.abs().max()).cpu().numpy(), cmap="magma", vmax=0.2)
+        axis.set(title=f"{title}, condition {condition_number(F_):.2g}")
+        axis.set(xlabel="weight of the middle layer")
+    figure.colorbar(picture, ax=axes, label="|entry| / largest")
+    figure.savefig(path, dpi=90, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_curves(run_dir: Path) -> None:
+    """The run's losses, errors and condition numbers against updates, from its metrics.csv."""
+    rows = [row.split(",") for row in Path(run_dir, "metrics.csv").read_text().splitlines()]
+    tags = ["losses/loss", "eval/test_error", "eval/condition", "eval/input_condition"]
+    tags = [tag for tag in tags if any(row[1] == tag for row in rows)]
+    figure, axes = plt.subplots(1, len(tags), figsize=(4.2 * len(tags), 3.2))
+    for axis, tag in zip(axes, tags):
+        points = [(int(t), float(value)) for t, name, value in rows if name == tag]
+        axis.semilogy(*zip(*points), ".-")
+        axis.set(xlabel="updates", title=tag)
+    figure.savefig(run_dir / "curves.png", dpi=90, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_reconstructions(task: Task, path: Path) -> None:
+    """Test images above what the autoencoder makes of them."""
+    x = task.prepare(task.held_out["test"][0][:12], False)
+    task.net.eval()
+    with torch.no_grad():
+        rows = torch.stack([x, task.net(x).sigmoid()]).view(2, 12, 28, 28)
+    task.net.train()
+    picture = rows.permute(0, 2, 1, 3).reshape(56, 12 * 28)
+    plt.imsave(path, picture.cpu().numpy().repeat(2, 0).repeat(2, 1), cmap="gray_r", vmin=0, vmax=1)
+
+
+def tune(args: Args) -> dict[str, float]:
+    """Section 4.2's grid: every setting from scratch, in the order of the training loss."""
+    run_dir = open_run_dir(args, f"{args.task}_{args.method}_tune", "prong")
+    table = run_dir / "tune.csv"
+    if table.exists():
+        raise SystemExit(f"{table} exists already: choose another --run-dir.")
+    losses, grid = {}, itertools.product((0.1, 0.01, 0.001), (0.0, 0.9), (32, 64, 128, 256))
+    for rate, decay, batch_size in tqdm(list(grid), unit="setting", disable=None):
+        name = f"rate_{rate}_momentum_{decay}_batch_{batch_size}"
+        setting = dict(learning_rate=rate, momentum_decay=decay, batch_size=batch_size)
+        try:
+            run = replace(args, tune=False, run_dir=str(run_dir / name), **setting)
+            losses[name] = main(run)["eval/train_loss"]
+        except Diverged:
+            losses[name] = math.inf
+        with open(table, "w", newline="") as file:
+            csv.writer(file).writerows(sorted(losses.items(), key=lambda item: item[1]))
+    best = min(losses, key=losses.get)
+    tqdm.write(f"The best of {len(losses)}: {best}")
+    return {"eval/train_loss": losses[best]}
+
+
+def refuse(args: Args) -> None:
+    """Combinations of flags that no run can have."""
+    whitens, normalises = args.method.startswith("prong"), args.method in ("batchnorm", "prong+")
+    if args.tune and (args.resume or args.evaluate):
+        raise SystemExit("--tune begins 24 runs: leave --resume and --evaluate out.")
+    if args.task == "fisher" and normalises:
+        raise SystemExit("--task fisher compares sgd, rmsprop and prong, as the paper does.")
+    if whitens and (args.epsilon == 0 or args.whitening_samples < 2):
+        raise SystemExit("--epsilon must be above 0 and --whitening-samples at least 2.")
+    if normalises and args.batch_size < 2:
+        raise SystemExit("--batch-size must be at least 2 to be normalised.")
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    refuse(args)
+    device = choose_device(args.device)
+    if args.tune:
+        return tune(args)
+    torch.backends.cudnn.allow_tf32 = False  # whitening wants all 24 bits
+    torch.manual_seed(args.seed)
+    task = make_task(args, device)
+    torch.manual_seed(args.seed)  # so all methods get the same minibatches
+    net, optimizer = task.net, make_optimizer(task.net, args)
+    waterfall = Waterfall(optimizer)
+    shaping = ["task", "method"] + ["dataset"] * (args.task != "cifar10")
+    t, seconds, whitening_seconds = 0, 0.0, 0.0
+    if args.evaluate:
+        load_checkpoint(Path(args.evaluate), args, net, *shaping)
+        return evaluate(task, args)
+    if args.resume:
+        kept = {"batch_size", "seed", "epsilon", "momentum", "momentum_decay", "learning_rate"}
+        kept |= {"whitening_period", "whitening_samples", "rmsprop_decay", "rmsprop_eps"}
+        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, *sorted(kept))
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+        waterfall.best, waterfall.waited = checkpoint["waterfall"]
+        seconds, whitening_seconds = checkpoint["seconds"], checkpoint["whitening_seconds"]
+        t = checkpoint["t"]
+        if t >= args.total_iterations:
+            raise SystemExit(f"{args.resume} is at update {t}: raise --total-iterations.")
+
+    run_dir = open_run_dir(args, f"{args.task}_{args.method}", "prong")
+    writer = SummaryWriter(run_dir)
+    writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
+    whitens = args.method in ("prong", "prong+")
+    matrices, spectra, losses = {}, [], []
+    bar = tqdm(total=args.total_iterations, initial=t, unit="update", disable=None)
+    try:
+        if args.task == "fisher" and t == 0:
+            matrices["at the start"] = probe_fisher(task)
+            report(writer, 0, {"eval/condition": condition_number(matrices["at the start"])})
+        start = time.perf_counter()
+        while t < args.total_iterations:
+            if whitens and t % args.whitening_period == 0:
+                began = time.perf_counter()
+                with torch.random.fork_rng(devices=[]):  # the minibatches stay what they were
+                    torch.manual_seed(1_000_003 * args.seed + t)  # of no other seed and update
+                    x, _ = draw(task, args.whitening_samples)
+                found = rewhiten(net, x, optimizer, args)
+                whitening_seconds += time.perf_counter() - began
+                spectra = spectra or found
+                if matrices and "whitened" not in matrices:
+                    matrices["whitened"] = probe_fisher(task)
+                    start += time.perf_counter() - began - whitening_seconds
+            losses.append(update(task, optimizer, args.batch_size))
+            refuse_infinity(losses[-1].item(), f"at update {t}")
+            t += 1
+            bar.update()
+            validates = args.task == "cifar10" and t % 1000 == 0
+            if t % args.report_every and t < args.total_iterations and not validates:
+                continue
+
+            now = time.perf_counter()
+            seconds += now - start
+            metrics = {"losses/loss": torch.stack(losses).mean().item()}
+            metrics["charts/SPS"] = len(losses) * args.batch_size / (now - start)  # images/s
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["charts/seconds"] = seconds
+            if whitens:
+                metrics["charts/whitening_share"] = 100 * whitening_seconds / seconds  # percent
+            metrics |= evaluate(task, args)
+            refuse_infinity(metrics["eval/train_loss"], f"after update {t}")
+            if validates:
+                waterfall.step(metrics["eval/validation_error"])
+            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "t": t}
+            state |= {"rng": torch.get_rng_state(), "waterfall": (waterfall.best, waterfall.waited)}
+            state |= {"seconds": seconds, "whitening_seconds": whitening_seconds}
+            save_checkpoint(run_dir / "checkpoint.pt", args=asdict(args), **state)
+            report(writer, t, metrics)
+            losses, start = [], time.perf_counter()
+    except KeyboardInterrupt:
+        raise stopped(run_dir) from None
+    finally:
+        writer.close()
+        bar.close()
+    draw_curves(run_dir)
+    if args.task == "autoencoder":
+        draw_reconstructions(task, run_dir / "reconstructions.png")
+    if spectra:
+        draw_spectra(spectra, args.epsilon, run_dir / "spectra.png")
+    if matrices:
+        draw_fisher(matrices | {"at the end": probe_fisher(task)}, run_dir / "fisher.png")
+    return metrics
+
+
+if __name__ == "__main__":
+    print(main(tyro.cli(Args, description=__doc__)))

@@ -1,0 +1,439 @@
+"""bayes_by_backprop.py against torch.distributions, hand-written gradients and its own runs.
+
+Public mistakes that these tests would catch: a mixture of whole-layer likelihoods or of logarithms,
+(2 sigma)^2 for 2 sigma^2, a mean over weights for a sum, 2^M - i or the batch size in the KL
+weights, exp(rho) for softplus(rho) in one of two places, the log of a sum of densities, pruned
+weights that keep their noise, log(0) far from a narrow prior, a KL of another scale than the
+likelihood, averaged log-probabilities, a sigma computed once, eps in the gradient of log q.
+"""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from running import ROOT
+from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
+
+import bayes_by_backprop as bbb
+from bayes_by_backprop import Args, PointEstimate, Prior, WeightPosterior
+
+MIXTURE = Prior(0.25, math.exp(-1), math.exp(-6))
+TINY = {"dataset": "digits", "hidden_units": 32, "eval_samples": 3}
+
+
+def mixture(prior):
+    parts = Normal(torch.zeros(2).double(), torch.tensor([prior.sigma_1, prior.sigma_2]).double())
+    return MixtureSameFamily(Categorical(torch.tensor([prior.pi, 1 - prior.pi]).double()), parts)
+
+
+# ---- Prior and posterior ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior", [MIXTURE, Prior(0.5, 1.0, 0.1), Prior(0.75, 0.3, 0.3)])
+def test_math_prior_is_a_mixture_for_each_weight(prior):
+    w = torch.cat([torch.linspace(-2, 2, 41), torch.tensor([1e-3, -4e-3, 0.0])]).double()
+    torch.testing.assert_close(prior.log_density(w), mixture(prior).log_prob(w))
+    w.requires_grad_()
+    (expected,) = torch.autograd.grad(mixture(prior).log_prob(w).sum(), w)
+    torch.testing.assert_close(prior.score(w.detach()), expected)
+
+
+def test_math_prior_is_finite_far_from_its_narrow_part():
+    w = torch.tensor([0.5, 3.0, -20.0])
+    assert torch.isfinite(MIXTURE.log_density(w)).all() and torch.isfinite(MIXTURE.score(w)).all()
+    narrow = Prior(0.5, 1e-3, 1e-3)
+    assert torch.isfinite(narrow.log_density(w)).all() and torch.isfinite(narrow.score(w)).all()
+
+
+def test_math_log_q_is_the_density_of_the_sample():
+    mu, rho, eps = (torch.randn(50, dtype=torch.float64) for _ in range(3))
+    sigma = torch.log(1 + torch.exp(rho))
+    w, kl = bbb.SampledWeights.apply(mu, rho, eps, MIXTURE)
+    torch.testing.assert_close(w, mu + sigma * eps)
+    log_q = Normal(mu, sigma).log_prob(w)
+    torch.testing.assert_close(bbb.log_q(eps, sigma), log_q)
+    torch.testing.assert_close(kl, (log_q - mixture(MIXTURE).log_prob(w)).sum())
+
+
+def test_gradient_of_the_cost_is_that_of_the_paper():
+    """d_mu = df/dw + df/dmu, d_rho = df/dw eps / (1 + exp(-rho)) + df/drho, f written out."""
+    torch.manual_seed(0)
+    mu, rho, eps = (torch.randn(9, dtype=torch.float64) for _ in range(3))
+    prior, pi_i, target = Prior(0.25, 0.5, 0.05), 0.3, torch.randn(9, dtype=torch.float64)
+    ours = [p.clone().requires_grad_() for p in (mu, rho)]
+    w, kl = bbb.SampledWeights.apply(*ours, eps, prior)
+    (pi_i * kl + (w - target).pow(4).sum()).backward()
+
+    w, mu, rho = (p.clone().requires_grad_() for p in (w.detach(), mu, rho))
+    f = pi_i * (Normal(mu, F.softplus(rho)).log_prob(w) - mixture(prior).log_prob(w)).sum()
+    f_w, f_mu, f_rho = torch.autograd.grad(f + (w - target).pow(4).sum(), (w, mu, rho))
+    torch.testing.assert_close(ours[0].grad, f_w + f_mu)
+    torch.testing.assert_close(ours[1].grad, f_w * eps / (1 + (-rho).exp()) + f_rho)
+
+
+def test_gradient_check():
+    mu, rho = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    eps = torch.randn(6, dtype=torch.float64)
+    prior = Prior(0.4, 0.9, 0.2)
+    assert torch.autograd.gradcheck(
+        lambda mu, rho: bbb.SampledWeights.apply(mu, rho, eps, prior), (mu, rho)
+    )
+
+
+def test_math_kl_against_its_closed_form_for_a_gaussian_prior():
+    torch.manual_seed(0)
+    weights, prior = WeightPosterior((5, 4, 3), -1.0), Prior(0.3, 0.7, 0.7)
+    sampled = torch.stack([weights.sample(prior)[1].detach() for _ in range(4000)])
+    q = Normal(weights.mu, F.softplus(weights.rho))
+    exact = kl_divergence(q, Normal(torch.zeros(()), torch.tensor(0.7))).sum()
+    error = sampled.std() / math.sqrt(len(sampled))
+    assert abs(sampled.mean() - exact) < 4 * error < 0.05 * exact
+
+
+def test_math_samples_follow_mu_and_rho_as_they_are():
+    torch.manual_seed(0)
+    weights = WeightPosterior((20, 20, 2), -3.0)
+    for sample in (weights.draw, lambda: weights.sample(MIXTURE)[0].detach()):
+        for rho in (-3.0, 0.5):
+            with torch.no_grad():
+                weights.rho.fill_(rho)
+            w = torch.stack([sample() for _ in range(300)])
+            sigma = math.log(1 + math.exp(rho))
+            assert (w - weights.mu).std().item() == pytest.approx(sigma, rel=0.02)
+            assert (w.mean(0) - weights.mu).abs().max().item() < 6 * sigma / math.sqrt(300)
+    torch.testing.assert_close(weights.mean(), weights.mu.detach())
+
+
+# ---- Cost ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("M", [1, 2, 10, 469, 2000])
+@pytest.mark.parametrize("weighting", ["blundell", "uniform"])
+def test_math_kl_weights_sum_to_one(M, weighting):
+    weights = [bbb.kl_weight(i, M, weighting) for i in range(1, M + 1)]
+    assert math.fsum(weights) == pytest.approx(1, abs=1e-12) and min(weights) >= 0
+    if weighting == "uniform":
+        assert weights == [1 / M] * M
+    elif M == 10:
+        assert weights == pytest.approx([2 ** (M - i) / (2**M - 1) for i in range(1, M + 1)])
+
+
+def test_math_costs_of_an_epoch_sum_to_the_free_energy():
+    torch.manual_seed(0)
+    weights, sizes = WeightPosterior((4, 5, 3), -3.0), (4, 5, 3)
+    x, y = torch.randn(23, 4), torch.randint(3, (23,))
+    fixed = weights.sample(MIXTURE)
+    weights.sample = lambda prior: fixed
+
+    def error(examples):
+        return lambda w: F.cross_entropy(
+            bbb.network(x[examples], w, sizes), y[examples], reduction="sum"
+        )
+
+    batches = torch.arange(23).split(5)
+    costs = [
+        sum(bbb.minibatch_cost(weights, error(batch), bbb.kl_weight(i, 5, how), MIXTURE, 2))
+        for how in ("blundell",)
+        for i, batch in enumerate(batches, start=1)
+    ]
+    kl, errors = bbb.minibatch_cost(weights, error(torch.arange(23)), 1.0, MIXTURE, 1)
+    torch.testing.assert_close(sum(costs), kl + errors)
+    torch.testing.assert_close(kl, fixed[1])
+
+
+def test_math_the_same_sample_stands_in_all_terms():
+    weights = WeightPosterior((2, 2, 1), -1.0)
+    seen = []
+    sample = weights.sample
+
+    def noting(prior):
+        seen.append(sample(prior))
+        return seen[-1]
+
+    weights.sample = noting
+    kl, error = bbb.minibatch_cost(weights, lambda w: w.square().sum(), 0.5, MIXTURE, 3)
+    assert len(seen) == 3
+    torch.testing.assert_close(kl, 0.5 * sum(k for _, k in seen) / 3)
+    torch.testing.assert_close(error, sum(w.square().sum() for w, _ in seen) / 3)
+
+
+def test_math_the_step_descends_the_cost_by_the_batch_size():
+    weights = PointEstimate((2, 3, 1))
+    before = weights.w.detach().clone()
+    args = Args(optimizer="sgd", learning_rate=0.1)
+    optimizer = bbb.make_optimizer(weights, args)
+    kl, error = bbb.update(weights, optimizer, lambda w: w.sum(), 1.0, 5, MIXTURE, 1)
+    torch.testing.assert_close(weights.w.detach(), before - 0.1 / 5)
+    assert kl == 0 and error == pytest.approx(before.sum().item(), rel=1e-4)
+    assert not error.requires_grad
+
+
+# ---- Network ------------------------------------------------------------------------------------
+
+
+def test_math_without_noise_it_is_the_plain_network():
+    sizes, x = (6, 5, 4, 3), torch.randn(7, 6)
+    torch.manual_seed(3)
+    weights = WeightPosterior(sizes, -200.0)
+    torch.manual_seed(3)
+    plain = PointEstimate(sizes)
+    layers, start = [], 0
+    for n, m in ((6, 5), (5, 4), (4, 3)):
+        layer = torch.nn.Linear(n, m)
+        with torch.no_grad():
+            layer.weight[:] = plain.w[start : start + m * n].view(m, n)
+            layer.bias[:] = plain.w[start + m * n : start + m * n + m]
+        start += m * n + m
+        layers += [layer, torch.nn.ReLU()]
+    expected = torch.nn.Sequential(*layers[:-1])(x)
+    assert start == len(plain.w)
+    for w in (weights.draw(), weights.mean(), weights.sample(MIXTURE)[0], plain.draw()):
+        torch.testing.assert_close(bbb.network(x, w, sizes), expected)
+
+
+@pytest.mark.parametrize("width, count", [(400, 478_410), (800, 1_276_810), (1200, 2_395_210)])
+def test_math_networks_have_the_papers_sizes(width, count):
+    weights = WeightPosterior((784, width, width, 10), -5.0)
+    assert len(weights.mu) == len(weights.rho) == count
+    first = weights.mu[: 784 * width]
+    assert first.abs().max().item() == pytest.approx(1 / 28, rel=1e-3) and abs(first.mean()) < 1e-3
+
+
+def test_math_dropout_of_inputs_and_hidden_units():
+    torch.manual_seed(0)
+    sizes = (1000, 1000, 1)
+    w = torch.cat([torch.eye(1000).flatten(), torch.zeros(1000), torch.ones(1000), torch.zeros(1)])
+    x = torch.ones(200, 1000)
+    out = bbb.network(x, w, sizes, (0.2, 0.5))
+    assert out.mean().item() == pytest.approx(1000, rel=0.01)  # scaled up by 1 / (1 - p)
+    variance = 1000 * (1 / (0.8 * 0.5) - 1)
+    assert out.var().item() == pytest.approx(variance, rel=0.3)
+    assert (bbb.network(x, w, sizes) == 1000).all()
+
+
+def test_math_probabilities_are_averaged_not_their_logarithms():
+    torch.manual_seed(0)
+    sizes = (4, 6, 3)
+    weights, x = WeightPosterior(sizes, 1.0), torch.randn(5, 4)
+    torch.manual_seed(7)
+    expected = sum(bbb.network(x, weights.draw(), sizes).softmax(1) for _ in range(4)) / 4
+    torch.manual_seed(7)
+    torch.testing.assert_close(bbb.class_probabilities(weights, x, sizes, 4), expected)
+    of_mean = bbb.network(x, weights.mean(), sizes).softmax(1)
+    torch.testing.assert_close(bbb.class_probabilities(weights, x, sizes, 0), of_mean)
+
+
+# ---- Pruning ------------------------------------------------------------------------------------
+
+
+def test_math_pruned_weights_are_zero_without_noise():
+    torch.manual_seed(0)
+    weights = WeightPosterior((10, 10, 10), -1.0)
+    with torch.no_grad():
+        weights.rho.uniform_(-3, 0)
+    snr = weights.mu.abs() / F.softplus(weights.rho)
+    weights.prune(0.75)
+    assert (~weights.kept).sum().item() == round(0.75 * 220)
+    assert snr[~weights.kept].max() <= snr[weights.kept].min()
+    torch.testing.assert_close(weights.signal_to_noise(), snr.detach())
+    for w in (weights.draw(), weights.draw(), weights.mean()):
+        assert (w[~weights.kept] == 0).all() and (w[weights.kept] != 0).all()
+    weights.prune(0.0)
+    assert weights.kept.all()
+
+
+def test_gradient_of_training_is_not_changed_by_pruning():
+    torch.manual_seed(0)
+    weights = WeightPosterior((4, 3, 2), -1.0)
+    gradients = []
+    for fraction in (0.0, 0.9):
+        weights.prune(fraction)
+        torch.manual_seed(1)
+        w, kl = weights.sample(MIXTURE)
+        gradients.append(torch.autograd.grad(kl + w.square().sum(), [weights.mu, weights.rho]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+# ---- Regression and bandit ----------------------------------------------------------------------
+
+
+def test_math_curve_is_the_papers():
+    torch.manual_seed(0)
+    x, y = bbb.make_curve(100_000)
+    assert 0 <= x.min() < 0.01 and 0.49 < x.max() <= 0.5
+    clean = x + 0.3 * torch.sin(2 * math.pi * x) + 0.3 * torch.sin(4 * math.pi * x)
+    near_0 = x[:, 0] < 0.005  # there the slope is 1 + 0.3 * 6 pi: eps enters three times
+    slope = 1 + 0.3 * 2 * math.pi + 0.3 * 4 * math.pi
+    assert (y - clean)[near_0].std().item() == pytest.approx(0.02 * slope, rel=0.15)
+    at_half = x[:, 0] > 0.495
+    slope = 1 - 0.3 * 2 * math.pi + 0.3 * 4 * math.pi
+    assert (y - clean)[at_half].std().item() == pytest.approx(0.02 * slope, rel=0.15)
+
+
+def test_math_quartiles_of_a_known_predictive():
+    torch.manual_seed(0)
+    weights = PointEstimate((1, 3, 1))
+    x = torch.zeros(2, 1)
+    f = bbb.network(x, weights.draw(), (1, 3, 1))[0].item()
+    low, median, high = bbb.predictive_quartiles(weights, x, (1, 3, 1), 2.0, 20_000)
+    assert median[0].item() == pytest.approx(f, abs=0.06)
+    assert (high - low)[0].item() == pytest.approx(2 * 0.6745 * 2, rel=0.05)
+
+
+def test_math_rewards_and_regret():
+    eat, leave = torch.tensor(1), torch.tensor(0)
+    edible, poisonous = torch.tensor(True), torch.tensor(False)
+    lucky, unlucky = torch.tensor(True), torch.tensor(False)
+    for luck in (lucky, unlucky):
+        assert bbb.reward(eat, edible, luck) == 5 and bbb.reward(leave, edible, luck) == 0
+        assert bbb.reward(leave, poisonous, luck) == 0
+    assert bbb.reward(eat, poisonous, lucky) == 5 and bbb.reward(eat, poisonous, unlucky) == -35
+    torch.manual_seed(0)
+    are_edible, luck = torch.rand(100_000) < 0.518, torch.rand(100_000) < 0.5
+    oracle = bbb.oracle_reward(are_edible)
+    assert (oracle - bbb.reward(are_edible.long(), are_edible, luck) == 0).all()
+    at_random = bbb.reward(torch.randint(2, (100_000,)), are_edible, luck)
+    expected = 0.5 * (0.518 * 5 + 0.482 * 15)
+    assert (oracle - at_random).mean().item() == pytest.approx(expected, rel=0.03)
+
+
+def test_math_agents_choose_the_action_of_higher_value(monkeypatch):
+    """Thompson sampling adds up two draws; the percentage is of random actions."""
+    sizes, context, drawn = (3, 1), torch.tensor([0.3]), []
+
+    class Fixed:
+        def draw(self):
+            drawn.append(1)
+            return torch.tensor([0.0, 1.0, 2.0, 0.0]) * (-1 if drawn == [1] and flip else 1)
+
+    for agent, draws in (("bbb", 2), ("greedy", 1)):
+        flip, drawn[:] = False, []
+        assert bbb.choose(Fixed(), context, sizes, agent, 0) == 1 and len(drawn) == draws
+    flip, drawn[:] = True, []
+    assert bbb.choose(Fixed(), context, sizes, "greedy", 0) == 0
+    torch.manual_seed(0)
+    flip = False
+    chosen = [bbb.choose(Fixed(), context, sizes, "greedy-5", 50) for _ in range(2000)]
+    assert np.mean(chosen) == pytest.approx(0.75, abs=0.04)
+
+
+def test_math_mushrooms_are_read_as_published(tmp_path):
+    (tmp_path / "mushroom").mkdir()
+    rows = ["e," + ",".join("ab" * 11), "p," + ",".join("ba" * 11), "e," + ",".join("aa" * 11)]
+    path = tmp_path / "mushroom" / "agaricus-lepiota.data"
+    path.write_text("\n".join(rows) + "\n")
+    x, edible = bbb.load_mushrooms(str(tmp_path))
+    assert x.shape == (3, 44) and edible.tolist() == [True, False, True]
+    assert (x.sum(1) == 22).all() and x[0, :4].tolist() == [1, 0, 0, 1]
+    path.write_text("e,x\n")
+    with pytest.raises(SystemExit, match="damaged"):
+        bbb.load_mushrooms(str(tmp_path))
+    x, benign = bbb.load_breast_cancer()
+    assert x.shape == (569, 30) and 350 < benign.sum() < 360
+    assert x.mean().abs() < 1e-5 and x.std(0).mean().item() == pytest.approx(1, abs=0.01)
+
+
+# ---- Runs ---------------------------------------------------------------------------------------
+
+
+def without_times(metrics):
+    return {k: v for k, v in metrics.items() if k not in ("charts/SPS", "charts/minutes")}
+
+
+@pytest.mark.parametrize("method", ["bbb", "sgd", "dropout"])
+def test_learns_digits_and_goes_on_bit_for_bit(method, tmp_path):
+    args = Args(method=method, **TINY, epochs=6, batch_size=32, learning_rate=5e-3)
+    metrics = bbb.main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
+    assert metrics["eval/error"] < 25  # 90 is chance
+    rows = [r.split(",") for r in (tmp_path / "whole/metrics.csv").read_text().splitlines()]
+    errors = [float(v) for _, tag, v in rows if tag == "validation/error_of_mean"]
+    tested = [float(v) for _, tag, v in rows if tag == "test/error_of_mean"]
+    chosen = errors.index(min(errors))
+    assert metrics["charts/chosen_epoch"] == chosen + 1
+    assert metrics["eval/error_of_mean"] == tested[chosen]
+
+    half = dataclasses.replace(args, epochs=3, run_dir=str(tmp_path / "half"))
+    bbb.main(half)
+    path = str(tmp_path / "half" / "checkpoint.pt")
+    assert without_times(bbb.main(dataclasses.replace(args, resume=path))) == without_times(metrics)
+    evaluated = bbb.main(dataclasses.replace(args, evaluate=path))
+    assert evaluated == {tag: metrics[tag] for tag in evaluated}
+    if method == "bbb":
+        assert len(evaluated) == 12
+        for picture in ("weights.png", "pruning.png"):
+            assert (tmp_path / "half" / picture).stat().st_size > 0
+
+
+def test_learns_the_curve_and_is_less_sure_outside_it(tmp_path):
+    args = Args(task="regression", epochs=300, hidden_units=32, learning_rate=5e-3, rho_init=-3.0)
+    metrics = bbb.main(dataclasses.replace(args, run_dir=str(tmp_path)))
+    assert metrics["eval/plain_error_inside"] < 0.1 and metrics["eval/bbb_error_inside"] < 0.15
+    growth = metrics["eval/bbb_band_outside"] / metrics["eval/bbb_band_inside"]
+    assert growth > 1.2 > metrics["eval/plain_band_outside"] / metrics["eval/plain_band_inside"]
+    assert (tmp_path / "regression.png").stat().st_size > 0
+    checkpoint = str(tmp_path / "checkpoint.pt")
+    evaluated = bbb.main(dataclasses.replace(args, evaluate=checkpoint))
+    assert evaluated == {tag: metrics[tag] for tag in evaluated} and len(evaluated) == 6
+
+
+@pytest.mark.parametrize("agent", ["bbb", "greedy-5"])
+def test_learns_what_to_eat_and_goes_on_bit_for_bit(agent, tmp_path):
+    args = Args(task="bandit", bandit_data="breast-cancer", agent=agent, interactions=120)
+    args = dataclasses.replace(args, report_every=60, hidden_units=16, learning_rate=3e-3)
+    metrics = bbb.main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
+    half = dataclasses.replace(args, interactions=60, run_dir=str(tmp_path / "half"))
+    bbb.main(half)
+    path = str(tmp_path / "half" / "checkpoint.pt")
+    assert without_times(bbb.main(dataclasses.replace(args, resume=path))) == without_times(metrics)
+    assert metrics["charts/regret"] < 120 * 4.5  # a random agent's is 5 a mushroom
+    assert (tmp_path / "whole" / "regret.png").stat().st_size > 0
+
+
+# ---- Mistakes of users --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ({"data_dir": "nowhere", "dataset": "mnist"}, "--dataset digits"),
+        ({"data_dir": "nowhere", "task": "bandit"}, "--bandit-data breast-cancer"),
+        ({"batch_size": 0}, "--batch-size must lie"),
+        ({"prior_pi": 1.0}, "--prior-pi must lie between 0 and 1"),
+        ({"prior_sigma_2": 0.9}, "--prior-sigma-2 above 0 and not above the first"),
+        ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
+        ({"evaluate": "x.pt", "task": "bandit", "bandit_data": "breast-cancer"}, "nothing to eval"),
+        ({"rho_init": 1e30}, "loss is (nan|inf) in step 1 of epoch 1"),
+    ],
+)
+def test_bad_input(flags, sentence, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(bbb.urllib.request, "urlopen", unreachable)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=sentence):
+        bbb.main(Args(**{**TINY, "epochs": 1, **flags}))
+
+
+def test_bad_input_other_method(tmp_path):
+    args = Args(**TINY, epochs=1, run_dir=str(tmp_path))
+    bbb.main(args)
+    checkpoint = str(tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="was made with method=bbb, not with method=sgd"):
+        bbb.main(dataclasses.replace(args, method="sgd", evaluate=checkpoint))
+    with pytest.raises(SystemExit, match="raise --epochs"):
+        bbb.main(dataclasses.replace(args, resume=checkpoint, run_dir=""))
+
+
+def test_command_line(tmp_path):
+    flags = f"--dataset digits --hidden-units 16 --epochs 1 --run-dir {tmp_path}"
+    command = [sys.executable, str(ROOT / "bayes_by_backprop.py"), *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "eval/error" in done.stdout and (tmp_path / "checkpoint.pt").exists()
+    shown = subprocess.run([*command[:2], "--help"], capture_output=True, text=True).stdout
+    assert "Weight uncertainty" in shown and "--kl-weighting" in shown

@@ -1,0 +1,553 @@
+"""prong.py against closed forms, the canonical network, full Fisher matrices and its own runs.
+
+Public mistakes that these tests would catch: algorithm 1 as printed (wrong signs, c instead of d),
+a shift added to the bias of a normalised layer, whitening parameters with gradients, squared
+eigenvalues, sqrt(n - 1) factors, a momentum left in the old basis, padding by -c.
+"""
+
+import dataclasses
+import itertools
+import pickle
+import subprocess
+import sys
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from running import ROOT
+from torch import nn
+
+import prong
+from prong import Args, WhitenedLayer
+
+TINY = {"dataset": "digits", "report_every": 20, "whitening_period": 20, "total_iterations": 40}
+
+
+def small(method="prong", seed=0, widths=(6, 5, 4, 3)):
+    torch.manual_seed(seed)
+    return prong.dense_network(widths, nn.Tanh, method).double()
+
+
+def convolutions(method="prong"):
+    torch.manual_seed(0)
+    layers = [WhitenedLayer(3, 5, 3, method), nn.ReLU(), WhitenedLayer(5, 4, 3, method, last=True)]
+    return nn.Sequential(*layers).double()
+
+
+def correlated(N=200, n=6, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    return torch.randn(N, n, generator=generator, dtype=torch.float64) @ mix + 3
+
+
+def images(N=40, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(N, 3, 7, 6, generator=generator, dtype=torch.float64) + 0.5
+
+
+def sgd(net, args):
+    return prong.make_optimizer(net, args)
+
+
+def train_a_little(net, optimizer, x, steps=3):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+
+
+# ---- Whitening ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 0.1, 1.0])
+def test_math_whitening_gives_the_covariance_of_the_paper(epsilon):
+    h = correlated()
+    U, U_inverse, c, lambda_ = prong.whitening(h, epsilon)
+    z = (h - c) @ U.T
+    covariance = np.cov(z.numpy().T, bias=True)
+    expected = torch.diag(lambda_ / (lambda_ + epsilon)).numpy()
+    np.testing.assert_allclose(covariance, expected, atol=1e-8)
+    np.testing.assert_allclose(z.mean(0), 0, atol=1e-8)
+    torch.testing.assert_close(U @ U_inverse, torch.eye(6, dtype=torch.float64))
+    sigma = torch.from_numpy(np.cov(h.numpy().T, bias=True))
+    inverse = torch.linalg.inv(sigma + epsilon * torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(U.T @ U, inverse)
+
+
+def test_math_too_few_samples_and_constant_inputs_stay_finite():
+    h = correlated(N=3)
+    h[:, 2] = 0.25
+    for parts in prong.whitening(h, 1e-3):
+        assert torch.isfinite(parts).all()
+    U, U_inverse, *_ = prong.whitening(h.float(), 1e-3)
+    assert U.dtype == torch.float64 and U.abs().max() <= 1e-3**-0.5 * 1.001
+    torch.testing.assert_close(U_inverse @ U, torch.eye(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("momentum", ["reset", "carry"])
+@pytest.mark.parametrize("method", ["prong", "prong+"])
+@pytest.mark.parametrize("make, x", [(small, correlated()), (convolutions, images())])
+def test_math_a_projection_does_not_change_the_function(make, x, method, momentum):
+    """Also at the border of images, in the second projection and with batch normalisation."""
+    args = Args(method=method, momentum=momentum, epsilon=1e-2, learning_rate=1e-3)
+    net = make(method)
+    optimizer = sgd(net, args)
+    for i in range(3):
+        before = net(x)
+        prong.rewhiten(net, x[i * 10 : i * 10 + 30], optimizer, args)
+        torch.testing.assert_close(net(x), before, rtol=0, atol=1e-8)
+        net.eval()
+        running = net(x)
+        prong.rewhiten(net, x[:50], optimizer, args)
+        torch.testing.assert_close(net(x), running, rtol=0, atol=1e-8)
+        net.train()
+        train_a_little(net, optimizer, x)
+    first = net[0]
+    assert not torch.equal(first.U, torch.eye(len(first.U)).double())
+    assert (first.c == 0).all() == (method == "prong+")  # a normalised layer needs no centre
+
+
+def test_math_whitened_layers_see_zeros_outside_the_image():
+    net, x = convolutions()[0], images()
+    W, b = net.V.detach().clone(), net.d.detach().clone()
+    expected = F.conv2d(x, W, b, padding=1)
+    args = Args(epsilon=1e-2)
+    prong.rewhiten(net, x, sgd(net, args), args)
+    torch.testing.assert_close(net(x), expected, atol=1e-10, rtol=0)
+    W_, b_ = prong.canonical(net.V, net.d, net.U, net.c)
+    torch.testing.assert_close(W_, W)
+    torch.testing.assert_close(b_, b)
+    pixels = net.whiten(x.movedim(1, -1).flatten(0, -2))
+    covariance = pixels.T @ pixels / len(pixels)
+    assert (covariance - torch.eye(3)).abs().max() < 0.2  # lambda / (lambda + 0.01)
+
+
+def test_math_statistics_are_those_of_each_layers_input():
+    net, x = small(), correlated()
+    inputs = prong.layer_inputs(net, x)
+    assert list(inputs) == [net[0], net[2], net[4]]
+    torch.testing.assert_close(inputs[net[0]], x)
+    torch.testing.assert_close(inputs[net[2]], net[0](x).tanh().detach())
+    net, x = convolutions(), images()
+    pixels = prong.layer_inputs(net, x)[net[0]]
+    assert pixels.shape == (40 * 7 * 6, 3)
+    torch.testing.assert_close(pixels[7], x[0, :, 1, 1])
+    assert not net[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("momentum", ["reset", "carry"])
+def test_math_momentum_at_a_whitening(momentum):
+    """Carried, the canonical velocity stays; reset, it is gone."""
+    args = Args(momentum=momentum, learning_rate=1e-3, momentum_decay=0.9)
+    net, x = small(), correlated()
+    optimizer = sgd(net, args)
+    prong.rewhiten(net, x[:50], optimizer, args)
+    train_a_little(net, optimizer, x)
+    layer = net[2]
+
+    def velocity():
+        V, d = (optimizer.state[p].get("momentum_buffer") for p in (layer.V, layer.d))
+        return None if V is None else prong.canonical(V, d, layer.U, layer.c)
+
+    before = velocity()
+    assert before[0].abs().max() > 0
+    prong.rewhiten(net, x[50:], optimizer, args)
+    after = velocity()
+    if momentum == "reset":
+        assert after is None
+    else:
+        torch.testing.assert_close(after, before)
+    train_a_little(net, optimizer, x)
+
+
+def test_math_momentum_carried_where_none_is_kept():
+    args = Args(momentum="carry", learning_rate=1e-3, momentum_decay=0.0)
+    net, x = small(), correlated()
+    optimizer = sgd(net, args)
+    train_a_little(net, optimizer, x)
+    prong.rewhiten(net, x, optimizer, args)
+    train_a_little(net, optimizer, x)
+
+
+def test_gradient_one_step_is_the_preconditioned_canonical_one():
+    """W <- W - a G (Sigma + epsilon)^-1 with G = E[delta (h - c)^T], b accordingly."""
+    args = Args(epsilon=0.05, learning_rate=0.1, momentum_decay=0.0)
+    layer, h = small(widths=(6, 4))[0], correlated()
+    W, b = layer.V.detach().clone(), layer.d.detach().clone()
+    y = torch.randint(4, (200,), generator=torch.Generator().manual_seed(0))
+    optimizer = sgd(layer, args)
+    prong.rewhiten(layer, h, optimizer, args)
+    F.cross_entropy(layer(h), y).backward()
+    optimizer.step()
+    delta = ((h @ W.T + b).softmax(1) - F.one_hot(y, 4)) / 200
+    c = h.mean(0)
+    sigma = (h - c).T @ (h - c) / 200
+    step = -0.1 * delta.T @ (h - c) @ torch.linalg.inv(sigma + 0.05 * torch.eye(6))
+    W_, b_ = prong.canonical(layer.V, layer.d, layer.U, layer.c)
+    torch.testing.assert_close(W_, W + step)
+    torch.testing.assert_close(b_, b - 0.1 * delta.sum(0) - step @ c)
+
+
+def test_gradient_for_small_epsilon_it_is_the_natural_gradient_with_white_derivatives():
+    """Kronecker factors E[(h,1) (h,1)^T] and I, of the layer with its bias."""
+    args = Args(epsilon=1e-12, learning_rate=1.0, momentum_decay=0.0)
+    layer, h = small(widths=(6, 4))[0], correlated()
+    target = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).double()
+    W, b = layer.V.detach().clone(), layer.d.detach().clone()
+    optimizer = sgd(layer, args)
+    prong.rewhiten(layer, h, optimizer, args)
+    ((layer(h) - target).square().sum() / 2 / 200).backward()
+    optimizer.step()
+    ones = torch.ones(200, 1)
+    h1, theta = torch.cat([h, ones], 1), torch.cat([W, b[:, None]], 1)
+    gradient = (h1 @ theta.T - target).T @ h1 / 200
+    expected = theta - gradient @ torch.linalg.inv(h1.T @ h1 / 200)
+    W_, b_ = prong.canonical(layer.V, layer.d, layer.U, layer.c)
+    torch.testing.assert_close(torch.cat([W_, b_[:, None]], 1), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_gradient_reaches_V_and_d_alone():
+    net, x = small(), correlated()
+    prong.rewhiten(net, x, sgd(net, Args()), Args())
+    names = {name for name, _ in net.named_parameters()}
+    assert names == {f"{i}.{p}" for i in (0, 2, 4) for p in "Vd"}
+    net(x).sum().backward()
+    assert all(not buffer.requires_grad for buffer in net.buffers())
+
+
+@pytest.mark.parametrize("task", ["fisher", "autoencoder"])
+def test_math_without_whitening_it_is_gradient_descent_bit_for_bit(task, tmp_path, monkeypatch):
+    """U stays I and takes part in every product; both see the same minibatches."""
+    monkeypatch.setattr(prong, "rewhiten", lambda *_: [])
+    monkeypatch.setattr(prong, "draw_spectra", lambda *_: None)
+    results = []
+    for method in ("sgd", "prong"):
+        args = Args(task=task, method=method, **TINY)
+        metrics = prong.main(dataclasses.replace(args, run_dir=str(tmp_path / method)))
+        net = torch.load(tmp_path / method / "checkpoint.pt")["net"]
+        results.append((metrics, {k: v for k, v in net.items() if k.split(".")[1] in "Vd"}))
+    (first, theta), (second, theta_) = results
+    assert theta.keys() == theta_.keys()
+    assert all(torch.equal(theta[name], theta_[name]) for name in theta)
+    assert first["eval/test_loss"] == second["eval/test_loss"]
+
+
+def test_math_batch_normalisation_is_that_of_torch():
+    torch.manual_seed(0)
+    layer, x = WhitenedLayer(6, 4, 0, "prong+").double(), correlated()
+    W = layer.V.detach().clone()
+    prong.rewhiten(layer, x, sgd(layer, Args()), Args())
+    expected = F.batch_norm(x @ W.T, None, None, training=True)
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.d is None
+
+
+# ---- The Fisher matrix --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["sgd", "prong"])
+def test_math_fisher_matrix_against_a_loop(method):
+    net, x = small(method), correlated(N=7)
+    if method == "prong":
+        prong.rewhiten(net, correlated(), sgd(net, Args()), Args())
+    expected = 0
+    for i, y in itertools.product(range(7), range(3)):
+        log_p = net(x[i : i + 1]).log_softmax(1)[0, y]
+        g_V, g_d = torch.autograd.grad(log_p, (net[2].V, net[2].d))
+        g = torch.cat([g_V, g_d[:, None]], 1).flatten()
+        expected = expected + log_p.exp().item() * torch.outer(g, g) / 7
+    torch.testing.assert_close(prong.fisher_matrix(net, net[2], x), expected)
+
+
+def test_math_whitening_improves_the_condition_of_fisher_matrix_and_inputs():
+    net, x = small(widths=(6, 5, 5, 4)), correlated(N=500)
+    x = x / x.std()
+    fisher, inputs = prong.fisher_matrix(net, net[2], x), prong.input_condition(net, x)
+    args = Args(epsilon=1e-6)
+    prong.rewhiten(net, x, sgd(net, args), args)
+    after = prong.fisher_matrix(net, net[2], x)
+    assert prong.condition_number(after) < 0.1 * prong.condition_number(fisher)
+    assert prong.input_condition(net, x) < 1.01 < 3 < inputs
+
+
+def test_math_condition_number():
+    matrix = torch.diag(torch.tensor([2.0, 0.5, 8.0], dtype=torch.float64))
+    assert prong.condition_number(matrix) == pytest.approx(16)
+    singular = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert 1e12 < prong.condition_number(singular) < 1e17
+
+
+# ---- Networks and data --------------------------------------------------------------------------
+
+
+def test_math_networks_have_the_papers_sizes():
+    net = prong.autoencoder("prong")
+    layers = [layer for layer in net if isinstance(layer, WhitenedLayer)]
+    assert [len(layer.V) for layer in layers] == [1000, 500, 250, 30, 250, 500, 1000, 784]
+    assert [len(layer.U) for layer in layers] == [784, 1000, 500, 250, 30, 250, 500, 1000]
+    assert sum(isinstance(layer, nn.Sigmoid) for layer in net) == 7
+    net = prong.convolutional_network("batchnorm")
+    sizes = [tuple(layer.V.shape) for layer in net if isinstance(layer, WhitenedLayer)]
+    assert [size[0] for size in sizes] == [64, 64, 128, 128, 256, 256, 512, 10]
+    assert all(size[2:] == (3, 3) for size in sizes)
+    seen = []
+    net[-2].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    assert net(torch.rand(2, 3, 24, 24)).shape == (2, 10)
+    assert seen == [(2, 10, 3, 3)]
+    net[-2].register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
+    net(torch.rand(2, 3, 24, 24))
+    assert torch.equal(seen[-1][1][:, :, 0, 0], seen[-1][0].amax((2, 3)))
+
+
+def test_math_reconstruction_loss_sums_over_pixels():
+    logits, x = torch.randn(5, 784), torch.rand(5, 784)
+    p = logits.sigmoid()
+    expected = -(x * p.log() + (1 - x) * (1 - p).log()).sum() / 5
+    torch.testing.assert_close(prong.reconstruction_loss(logits, x, None), expected)
+
+
+def test_math_crops_are_pieces_of_the_image_half_of_them_mirrored():
+    torch.manual_seed(0)
+    x = torch.arange(3 * 32 * 32).view(1, 3, 32, 32).expand(2000, -1, -1, -1)
+    crops = prong.crop(x)
+    assert crops.shape == (2000, 3, 24, 24)
+    mirrored = crops[:, 0, 0, 0] > crops[:, 0, 0, 1]
+    assert 900 < mirrored.sum() < 1100
+    straight = torch.where(mirrored[:, None, None, None], crops.flip(3), crops)
+    corners = straight[:, 0, 0, 0]
+    rows, columns = corners // 32, corners % 32
+    assert set(rows.tolist()) == set(columns.tolist()) == set(range(9))
+    for i in range(20):
+        expected = x[i, :, rows[i] : rows[i] + 24, columns[i] : columns[i] + 24]
+        assert torch.equal(straight[i], expected)
+    assert torch.equal(prong.crop(x, random=False)[0], x[0, :, 4:28, 4:28])
+
+
+def make_cifar(folder, n=60):
+    generator = np.random.default_rng(0)
+    (folder / "cifar-10-batches-py").mkdir()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        data = generator.integers(0, 256, (n if name == "test_batch" else 1010, 3072))
+        batch = {b"data": data.astype(np.uint8), b"labels": generator.integers(0, 10, len(data))}
+        batch[b"labels"] = batch[b"labels"].tolist()
+        (folder / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(batch))
+    return folder
+
+
+def test_math_cifar_is_read_as_published(tmp_path):
+    folder = make_cifar(tmp_path)
+    x, y = prong.load_cifar10(str(folder), "train")
+    assert x.shape == (5050, 3, 32, 32) and x.dtype == torch.uint8 and y.shape == (5050,)
+    raw = pickle.loads((folder / "cifar-10-batches-py/data_batch_2").read_bytes())
+    assert x[1010, 1, 0, 3] == raw[b"data"][0, 1024 + 3] and y[1010] == raw[b"labels"][0]
+    assert len(prong.load_cifar10(str(folder), "test")[0]) == 60
+
+
+# ---- Training -----------------------------------------------------------------------------------
+
+
+def test_math_waterfall():
+    """A tenth after four evaluations in a row that are not 1 % better than the best."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
+    waterfall, rates = prong.Waterfall(optimizer), []
+    for error in (50, 40, 39.9, 39.8, 39.7, 39.65, 39.0, 38.9, 38.9, 38.9, 38.9):
+        waterfall.step(error)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1] * 5 + [0.1] * 5 + [0.01])
+
+
+def test_learns_an_ill_conditioned_toy_in_fewer_updates_than_gradient_descent():
+    torch.manual_seed(0)
+    x = correlated(N=1000) * torch.tensor([10, 3, 1, 0.3, 0.1, 0.03]).double()
+    y = (x @ torch.tensor([0.01, -0.1, 0.3, 3, -10, 30]).double() > 0).long()
+
+    def updates(method, rate):
+        args = Args(method=method, learning_rate=rate, momentum_decay=0.0, epsilon=1e-4)
+        net = small(method, widths=(6, 8, 2))
+        optimizer = sgd(net, args)
+        for t in range(2000):
+            if method == "prong" and t % 100 == 0:
+                prong.rewhiten(net, x, optimizer, args)
+            loss = F.cross_entropy(net(x), y)
+            if loss < 0.2:
+                return t
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return 2000
+
+    rates = (0.01, 0.1, 1.0)
+    best = {m: min(updates(m, rate) for rate in rates) for m in ("sgd", "prong")}
+    assert best["prong"] < best["sgd"] / 3
+
+
+@pytest.mark.parametrize("method", ["prong", "rmsprop"])
+def test_learns_digits_and_goes_on_bit_for_bit(method, tmp_path):
+    args = Args(task="fisher", method=method, **TINY | {"total_iterations": 300})
+    args = dataclasses.replace(args, report_every=150, whitening_period=70, learning_rate=0.05)
+    if method == "rmsprop":
+        args = dataclasses.replace(args, learning_rate=0.005)
+    metrics = prong.main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
+    assert metrics["eval/test_error"] < 30  # 90 is chance
+    pictures = ["fisher.png", "curves.png"] + ["spectra.png"] * (method == "prong")
+    assert all((tmp_path / "whole" / picture).stat().st_size > 0 for picture in pictures)
+
+    half = dataclasses.replace(args, total_iterations=150, run_dir=str(tmp_path / "half"))
+    prong.main(half)
+    path = str(tmp_path / "half" / "checkpoint.pt")
+    on = prong.main(dataclasses.replace(args, resume=path))
+    timing = {"charts/SPS", "charts/seconds", "charts/whitening_share"}
+    assert {k: v for k, v in on.items() if k not in timing} == {
+        k: v for k, v in metrics.items() if k not in timing
+    }
+    whole, resumed = (torch.load(tmp_path / r / "checkpoint.pt")["net"] for r in ("whole", "half"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    evaluated = prong.main(dataclasses.replace(args, evaluate=path))
+    assert evaluated == {tag: metrics[tag] for tag in evaluated} and len(evaluated) == 6
+
+
+def test_learns_to_reconstruct(tmp_path):
+    args = Args(**TINY, learning_rate=1e-3, run_dir=str(tmp_path))
+    metrics = prong.main(args)
+    rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    errors = [float(value) for _, tag, value in rows if tag == "eval/test_error"]
+    assert errors[-1] < errors[0] and metrics["charts/whitening_share"] > 0
+    assert (tmp_path / "reconstructions.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("method", ["prong+", "batchnorm"])
+def test_learns_from_cifar_and_anneals_and_goes_on_bit_for_bit(method, tmp_path, monkeypatch):
+    folder = make_cifar(tmp_path)
+    monkeypatch.setattr(prong.Waterfall, "step", lambda self, error: seen.append(error))
+    seen = []
+
+    def small_net(method):
+        layers = [WhitenedLayer(3, 4, 3, method), nn.ReLU(), nn.MaxPool2d(8)]
+        layers += [WhitenedLayer(4, 10, 3, method, last=True), nn.AdaptiveMaxPool2d(1)]
+        return nn.Sequential(*layers, nn.Flatten())
+
+    monkeypatch.setattr(prong, "convolutional_network", small_net)
+    args = Args(task="cifar10", method=method, data_dir=str(folder), batch_size=2, report_every=600)
+    args = dataclasses.replace(args, whitening_period=300, total_iterations=1200)
+    metrics = prong.main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
+    rows = [row.split(",") for row in (tmp_path / "whole/metrics.csv").read_text().splitlines()]
+    errors = {int(t): float(value) for t, tag, value in rows if tag == "eval/validation_error"}
+    assert list(errors) == [600, 1000, 1200] and seen == [errors[1000]]
+    assert {"eval/test_error", "eval/train_error"} <= metrics.keys()
+    half = dataclasses.replace(args, total_iterations=600, run_dir=str(tmp_path / "half"))
+    prong.main(half)
+    prong.main(dataclasses.replace(args, resume=str(tmp_path / "half" / "checkpoint.pt")))
+    whole, resumed = (torch.load(tmp_path / r / "checkpoint.pt")["net"] for r in ("whole", "half"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_math_methods_begin_alike_and_see_the_same_minibatches(tmp_path, monkeypatch):
+    seen = defaultdict(list)
+    update = prong.update
+
+    def noting(task, optimizer, batch_size):
+        draw = prong.draw
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                prong, "draw", lambda *a: seen[method].append(draw(*a)) or seen[method][-1]
+            )
+            return update(task, optimizer, batch_size)
+
+    monkeypatch.setattr(prong, "update", noting)
+    monkeypatch.setattr(prong, "evaluate", lambda *_: {"eval/train_loss": 0.0})
+    first = {}
+    for method in ("sgd", "batchnorm", "prong", "prong+"):
+        torch.manual_seed(0)
+        first[method] = prong.dense_network([6, 5, 4], nn.Tanh, method)[0].V
+        args = Args(task="autoencoder", method=method, **TINY | {"total_iterations": 2})
+        prong.main(dataclasses.replace(args, batch_size=4, run_dir=str(tmp_path / method)))
+    for method in first:
+        assert torch.equal(first[method], first["sgd"])
+        for ours, theirs in zip(seen[method], seen["sgd"], strict=True):
+            assert torch.equal(ours[0], theirs[0])
+
+
+def test_tune_tries_the_grid_and_names_the_best(tmp_path, monkeypatch):
+    args = Args(task="fisher", tune=True, **TINY | {"total_iterations": 2}, run_dir=str(tmp_path))
+    tried = []
+
+    def noting(run):
+        tried.append((run.learning_rate, run.momentum_decay, run.batch_size))
+        if run.learning_rate == 0.1:
+            raise prong.Diverged
+        return {"eval/train_loss": run.batch_size - run.momentum_decay + run.learning_rate}
+
+    monkeypatch.setattr(prong, "main", noting)
+    result = prong.tune(args)
+    assert len(set(tried)) == 24
+    assert result == {"eval/train_loss": pytest.approx(32 - 0.9 + 0.001)}
+    first = (tmp_path / "tune.csv").read_text().splitlines()[0]
+    assert first.startswith("rate_0.001_momentum_0.9_batch_32,")
+    with pytest.raises(SystemExit, match=r"tune.csv exists already"):
+        prong.tune(args)
+
+
+# ---- Mistakes of users --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ({"data_dir": "nowhere", "dataset": "mnist"}, "--dataset digits"),
+        ({"data_dir": "nowhere", "task": "cifar10"}, "cifar-10-batches-py is missing"),
+        ({"batch_size": 0}, "--batch-size must lie"),
+        ({"momentum_decay": 1.5}, "--momentum-decay must lie between 0 and 1"),
+        ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
+        ({"evaluate": "x.pt", "tune": True}, "leave --resume and --evaluate out"),
+        ({"method": "prong+"}, "--task fisher compares"),
+        ({"epsilon": 0.0}, "--epsilon must be above 0"),
+        ({"whitening_samples": 1}, "--whitening-samples at least 2"),
+        ({"method": "batchnorm", "task": "autoencoder", "batch_size": 1}, "at least 2 to be norm"),
+        ({"device": "cuda"}, "torch finds no GPU here"),
+    ],
+)
+def test_bad_input(flags, sentence, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(prong.urllib.request, "urlopen", unreachable)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prong.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=sentence):
+        prong.main(Args(**{**TINY, "task": "fisher", **flags}))
+
+
+def test_bad_input_rate_too_high(tmp_path, monkeypatch):
+    monkeypatch.setattr(prong, "update", lambda *_: torch.tensor(float("nan")))
+    with pytest.raises(SystemExit, match="loss is nan at update 0: the run stops"):
+        prong.main(Args(task="fisher", **TINY, run_dir=str(tmp_path)))
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_bad_input_damaged_batch(tmp_path):
+    folder = make_cifar(tmp_path)
+    (folder / "cifar-10-batches-py/data_batch_3").write_bytes(b"\x80\x04broken")
+    with pytest.raises(SystemExit, match="data_batch_3 is missing or damaged"):
+        prong.load_cifar10(str(folder), "train")
+
+
+def test_bad_input_other_method(tmp_path):
+    args = Args(task="fisher", **TINY, run_dir=str(tmp_path))
+    prong.main(args)
+    checkpoint = str(tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="was made with method=prong, not with method=sgd"):
+        prong.main(dataclasses.replace(args, method="sgd", evaluate=checkpoint))
+    with pytest.raises(SystemExit, match="raise --total-iterations"):
+        prong.main(dataclasses.replace(args, resume=checkpoint, run_dir=""))
+
+
+def test_command_line(tmp_path):
+    flags = f"--task fisher --dataset digits --total-iterations 20 --run-dir {tmp_path}"
+    command = [sys.executable, str(ROOT / "prong.py"), *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "eval/condition" in done.stdout and (tmp_path / "checkpoint.pt").exists()
+    shown = subprocess.run([*command[:2], "--help"], capture_output=True, text=True).stdout
+    assert "Natural neural networks" in shown and "--whitening-period" in shown
