@@ -375,7 +375,9 @@ def test_learns_the_curve_and_is_less_sure_outside_it(tmp_path):
     metrics = bbb.main(dataclasses.replace(args, run_dir=str(tmp_path)))
     assert metrics["eval/plain_error_inside"] < 0.1 and metrics["eval/bbb_error_inside"] < 0.15
     growth = metrics["eval/bbb_band_outside"] / metrics["eval/bbb_band_inside"]
-    assert growth > 1.5 > 1.1 > metrics["eval/plain_band_outside"] / metrics["eval/plain_band_inside"]
+    assert (
+        growth > 1.5 > 1.1 > metrics["eval/plain_band_outside"] / metrics["eval/plain_band_inside"]
+    )
     assert (tmp_path / "regression.png").stat().st_size > 0
     checkpoint = str(tmp_path / "checkpoint.pt")
     evaluated = bbb.main(dataclasses.replace(args, evaluate=checkpoint))

@@ -1,0 +1,738 @@
+"""Spatial transformer networks: a layer that learns where to look, how large and how turned.
+
+    Paper    Jaderberg et al., "Spatial transformer networks", NIPS 2015
+    Shows    a transformer in front of a network undoes distortions of digits (table 1)
+    Run      python spatial_transformer_mnist.py --model fcn --transform affine --distortion R
+    Result   not yet measured
+
+Departures: ours (the paper's)
+    canvas 28x28 for R, 42x42 for RTS, P and E, 60x60 for TC (not told but for RTS and TC)
+    on RTS, TC and addition the transformer samples 56x56, halved to 28x28 by the mean (sizes
+      not told); networks without a transformer see the canvas as it is
+    as many parameters as a CNN of 64 filters has on the canvas (equal counts, number not told)
+    distortions drawn anew for every minibatch (not told; --fixed-distortions: one frozen copy)
+    E moves the points that are read, not those that are written (not told)
+    localisation network with a tenth of the learning rate (told for SVHN alone), no momentum
+    -1 and 1 are the centres of the outermost pixels (not told)
+
+Symbols: U input, V output, theta parameters of the transformation T_theta, G target grid of points
+(x, y) in [-1, 1]^2. T_theta(G) says where to READ in U: a contraction zooms in.
+Shapes: B images of C channels, S their width, K basis functions of a transformation.
+"""
+
+import csv
+import gzip
+import hashlib
+import math
+import time
+import urllib.request
+import zlib
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from sklearn import datasets
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Transform = Literal["attention", "affine", "projective", "tps"]
+
+
+@dataclass
+class Args:
+    # The method
+    task: Literal["classification", "addition"] = "classification"  # a digit, or the sum of two
+    distortion: Literal["R", "RTS", "P", "E", "TC", "none"] = (
+        "R"  # rotated ... translated + clutter
+    )
+    model: Literal["fcn", "cnn"] = "fcn"  # the classifier: fully connected or convolutional
+    transform: Literal["none", "attention", "affine", "projective", "tps"] = "affine"  # in front
+    num_transformers: int = 1  # side by side, each on all channels (addition: 1 or 2)
+    fixed_distortions: bool = False  # train on one frozen copy of distorted digits
+    # Optimisation
+    total_iterations: int = 150_000  # updates
+    batch_size: int = 256  # images of a minibatch
+    learning_rate: float = 0.01  # of SGD; divided by 10 after each third of the run
+    localisation_learning_rate: float = 1e-3  # of the localisation network, likewise
+    sgd_momentum: float = 0.0  # of both
+    # The run
+    dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
+    data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
+    report_every: int = 1000  # updates between two reports, each with a checkpoint
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    seed: int = 1  # of every random number
+    run_dir: str = (
+        ""  # for logs, pictures, checkpoint.pt; default runs/TASK_...__SCRIPT__SEED__TIME
+    )
+    resume: str = ""  # a checkpoint.pt to continue from, in its own folder
+    evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
+
+
+# ---- The method ---------------------------------------------------------------------------------
+
+
+def target_grid(height: int, width: int) -> Tensor:
+    """G [H W, 2], the points (x, y) of the output's pixels, row by row (section 3.2)."""
+    y, x = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+
+
+def control_points() -> Tensor:
+    """[16, 2], the regular 4x4 grid of a thin plate spline."""
+    return 0.9 * target_grid(4, 4)
+
+
+def identity(transform: Transform) -> Tensor:
+    """The theta that changes nothing."""
+    if transform == "tps":
+        return control_points().flatten()
+    return torch.tensor(
+        {
+            "attention": [1.0, 0, 0],  # s, t_x, t_y
+            "affine": [1.0, 0, 0, 0, 1, 0],  # A, row by row
+            "projective": [1.0, 0, 0, 0, 1, 0, 0, 0],  # a 3x3 matrix without its last 1
+        }[transform]
+    )
+
+
+def radial(squared_distance: Tensor) -> Tensor:
+    """r^2 log r of a thin plate, 0 at r = 0."""
+    return 0.5 * torch.xlogy(squared_distance, squared_distance)
+
+
+def basis(transform: Transform, G: Tensor) -> Tensor:
+    """B [H W, K] of G; every transformation here is T_theta(G) = B M_theta (section 3.2, end)."""
+    if transform != "tps":
+        return F.pad(G, (0, 1), value=1.0)  # x, y, 1
+    P = control_points().double()
+    affine, N = F.pad(P, (0, 1), value=1.0), len(P)
+    system = torch.zeros(N + 3, N + 3, dtype=torch.float64)  # interpolates, bends least
+    system[:N, :N], system[:N, N:], system[N:, :N] = (
+        radial(torch.cdist(P, P) ** 2),
+        affine,
+        affine.T,
+    )
+    points = G.double()
+    features = torch.cat([radial(torch.cdist(points, P) ** 2), F.pad(points, (0, 1), value=1.0)], 1)
+    return torch.linalg.solve(system, features.T)[:N].T.to(G)  # system is symmetric
+
+
+def matrix(transform: Transform, theta: Tensor) -> Tensor:
+    """M_theta [B, K, 2]; projective: [B, 3, 3], whose third column is to divide by."""
+    if transform == "attention":
+        s, t_x, t_y = theta.unbind(1)
+        zero = torch.zeros_like(s)
+        return torch.stack([s, zero, zero, s, t_x, t_y], 1).view(-1, 3, 2)
+    if transform == "affine":
+        return theta.view(-1, 2, 3).mT
+    if transform == "projective":
+        return F.pad(theta, (0, 1), value=1.0).view(-1, 3, 3).mT
+    return theta.view(-1, 16, 2)
+
+
+def sampling_points(transform: Transform, theta: Tensor, B: Tensor) -> Tensor:
+    """T_theta(G) [B, H W, 2] for the basis B [H W, K]."""
+    points = B @ matrix(transform, theta)
+    if points.shape[-1] == 2:
+        return points
+    w = points[..., 2:]
+    far = torch.where(w < 0, -1e-3, 1e-3)  # behind the horizon: outside of the image, not infinite
+    return points[..., :2] / torch.where(w.abs() < 1e-3, far, w)
+
+
+def sample(U: Tensor, points: Tensor, size: int) -> Tensor:
+    """V [B, C, size, size], U read at the points bilinearly, zero outside (equation 5)."""
+    grid = points.view(-1, size, size, 2)
+    return F.grid_sample(U, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+class SpatialTransformer(nn.Module):
+    """V = U read at T_theta(G), theta = localisation(U) (figure 2).
+
+    localisation maps [B, C, S, S] to features [B, n]; a regression layer of zero weights and a bias
+    of the identity turns these into theta. Several side by side start a little apart.
+    """
+
+    def __init__(
+        self, localisation: nn.Module, n: int, transform: Transform, size: int, shift: float = 0.0
+    ):
+        super().__init__()
+        self.localisation, self.transform, self.size = localisation, transform, size
+        theta = identity(transform)
+        self.regression = nn.Linear(n, len(theta))
+        nn.init.zeros_(self.regression.weight)
+        with torch.no_grad():
+            self.regression.bias.copy_(theta)
+            if shift:
+                where = {"attention": [1], "affine": [2], "projective": [2], "tps": range(0, 32, 2)}
+                self.regression.bias[list(where[transform])] += shift
+        self.register_buffer("B", basis(transform, target_grid(size, size)), persistent=False)
+
+    def forward(self, U: Tensor) -> tuple[Tensor, Tensor]:
+        """V [B, C, size, size] and the points [B, size^2, 2] it was read at."""
+        theta = self.regression(self.localisation(U))
+        points = sampling_points(self.transform, theta, self.B)
+        return sample(U, points, self.size), points
+
+
+def fcn_localisation(C: int, S: int) -> tuple[nn.Module, int]:
+    """Three fully connected layers of 32 units (A.4), and their width."""
+    layers = [nn.Flatten()]
+    for n in (C * S * S, 32, 32):
+        layers += [nn.Linear(n, 32), nn.ReLU()]
+    return nn.Sequential(*layers), 32
+
+
+def cnn_localisation(C: int, S: int) -> tuple[nn.Module, int]:
+    """Two 5x5 convolutions of 20 filters on the halved image, 20 units (A.4)."""
+    size = ((S // 2 - 4) // 2) - 4
+    layers = [nn.AvgPool2d(2), nn.Conv2d(C, 20, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(20, 20, 5), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(20 * size**2, 20), nn.ReLU()), 20
+
+
+def fcn_classifier(C: int, S: int, width: int, classes: int) -> nn.Module:
+    """Two hidden layers (A.4)."""
+    layers = [nn.Flatten(), nn.Linear(C * S * S, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+
+
+def cnn_classifier(C: int, S: int, width: int, classes: int) -> nn.Module:
+    """9x9 and 7x7 convolutions, each with 2x2 max-pooling (A.4)."""
+    size = ((S - 8) // 2 - 6) // 2
+    layers = [nn.Conv2d(C, width, 9), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(width, width, 7), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(width * size**2, classes))
+
+
+class TransformerNetwork(nn.Module):
+    """Spatial transformers side by side, their outputs stacked as channels, and a classifier."""
+
+    def __init__(self, transformers: list[SpatialTransformer], halve: bool, classifier: nn.Module):
+        super().__init__()
+        self.transformers = nn.ModuleList(transformers)
+        self.halve = nn.AvgPool2d(2) if halve else nn.Identity()  # against aliasing
+        self.classifier = classifier
+
+    def forward(self, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [B, classes], what the classifier saw, points [B, T, H W, 2] of T transformers.
+
+        Without a transformer it saw U, and there are no points.
+        """
+        if not len(self.transformers):
+            return self.classifier(U), U, U.new_zeros(len(U), 0, 0, 2)
+        outputs, points = zip(*(transformer(U) for transformer in self.transformers))
+        V = self.halve(torch.cat(outputs, 1))
+        return self.classifier(V), V, torch.stack(points, 1)
+
+
+CANVAS = {"none": 28, "R": 28, "RTS": 42, "P": 42, "E": 42, "TC": 60}
+
+
+def count_parameters(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def width_for(budget: int, build: Callable[[int], nn.Module]) -> int:
+    """The width for which build(width) has a number of parameters nearest to the budget."""
+    with torch.device("meta"):  # counts without making them
+        above = bisect_left(range(1000), budget, lo=2, key=lambda w: count_parameters(build(w)))
+        return min(above - 1, above, key=lambda w: abs(count_parameters(build(w)) - budget))
+
+
+def make_net(args: Args) -> TransformerNetwork:
+    """The network of an experiment, as large as a CNN of 64 filters without a transformer."""
+    addition = args.task == "addition"
+    S, C, classes = (42, 2, 19) if addition else (CANVAS[args.distortion], 1, 10)
+    localise = fcn_localisation if args.model == "fcn" else cnn_localisation
+    classify = fcn_classifier if args.model == "fcn" else cnn_classifier
+    budget = count_parameters(cnn_classifier(C, S, 64, classes))
+    halve = args.transform != "none" and (addition or args.distortion in ("RTS", "TC"))
+    size, transformers = S, []
+    if args.transform != "none":
+        size, T = (56 if halve else S), args.num_transformers
+        for i in range(T):
+            shift = 0.5 * (2 * i - T + 1) / T  # two begin a quarter of the image apart on each side
+            transformers.append(SpatialTransformer(*localise(C, S), args.transform, size, shift))
+        size, C = (28 if halve else S), C * T
+    rest = budget - sum(map(count_parameters, transformers))
+    width = width_for(rest, lambda width: classify(C, size, width, classes))
+    return TransformerNetwork(transformers, halve, classify(C, size, width, classes))
+
+
+# ---- The data -----------------------------------------------------------------------------------
+
+
+def download(url: str, path: Path, remedy: str) -> bytes:
+    """What url holds; otherwise a sentence that says what is missing and what to do."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.read()
+    except (OSError, HTTPException) as error:
+        raise SystemExit(
+            f"{path} is missing and {url} cannot be reached ({error}).\n{remedy}"
+        ) from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file with all of its content, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_bytes(content)
+    path.with_suffix(".part").replace(path)
+
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_MD5 = {  # of the unpacked files
+    "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def download_mnist(path: Path) -> None:
+    """Fetch one of the four files whole, or leave nothing behind."""
+    remedy = "Put it there, point --data-dir at a folder that has mnist/, or use --dataset digits."
+    content = download(MNIST_URL + path.name, path, remedy)
+    try:
+        checksum = hashlib.md5(gzip.decompress(content)).hexdigest()
+    except (OSError, EOFError, zlib.error):
+        checksum = "none"
+    if checksum != MNIST_MD5[path.name]:
+        raise SystemExit(f"{MNIST_URL}{path.name} did not send MNIST: its checksum is wrong.")
+    write_whole(path, content)
+
+
+def load_mnist(data_dir: str, split: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
+    """Images [N, 28, 28] as bytes and labels [N]; a missing file is downloaded."""
+    arrays = []
+    for kind, header, shape in (("images-idx3", 16, (-1, 28, 28)), ("labels-idx1", 8, (-1,))):
+        path = Path(data_dir, "mnist", f"{split}-{kind}-ubyte.gz")
+        if not path.exists():
+            download_mnist(path)
+        try:
+            content = gzip.decompress(path.read_bytes())
+            arrays.append(np.frombuffer(content, np.uint8, offset=header).reshape(shape))
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise SystemExit(f"{path} is damaged ({error}); delete it to fetch it again.") from None
+    images, labels = arrays
+    return torch.tensor(images), torch.tensor(labels, dtype=torch.long)
+
+
+def load_digits(split: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1797 8x8 digits in MNIST's format: 20x20 inside 28x28, bytes."""
+    digits = datasets.load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
+    images = F.pad(F.interpolate(images, size=20, mode="bilinear"), (4, 4, 4, 4))
+    images = images[:, 0].round().byte()
+    labels = torch.tensor(digits.target, dtype=torch.long)
+    part = slice(0, 1500) if split == "train" else slice(1500, None)
+    return images[part], labels[part]
+
+
+def place(canvas: Tensor, patches: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Add patches [B, w, w] to canvas [B, S, S], each at a random place, borders included.
+
+    Returns their centres [B, 2] as locations (x, y).
+    """
+    B, S, w = len(canvas), canvas.shape[-1], patches.shape[-1]
+    corner = torch.randint(S - w + 1, (B, 2), generator=generator, device=canvas.device)
+    columns, rows = (corner[:, :, None] + torch.arange(w, device=canvas.device)).unbind(1)
+    image = torch.arange(B, device=canvas.device)[:, None, None]
+    canvas[image, rows[:, :, None], columns[:, None, :]] += patches
+    return (corner + w / 2) / S * 2 - 1
+
+
+def uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """[count], drawn on the generator's device."""
+    device = generator.device
+    return low + (high - low) * torch.rand(count, generator=generator, device=device)
+
+
+def similarity(angle: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """M [B, 3, 2] that reads a picture as turned by angle, enlarged by scale, moved by shift."""
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    linear = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
+    return torch.cat([linear, -shift[:, None] @ linear], 1)
+
+
+def homography(at: Tensor, read: Tensor) -> Tensor:
+    """theta [B, 8] of the projective transformation that reads points [B, 4, 2] at others."""
+    ones, zeros = torch.ones_like(at[..., :1]), torch.zeros_like(at)
+    here = torch.cat([at, ones], -1)  # [B, 4, 3]
+    x_rows = torch.cat([here, zeros, zeros[..., :1], -read[..., :1] * at], -1)
+    y_rows = torch.cat([zeros, zeros[..., :1], here, -read[..., 1:] * at], -1)
+    system = torch.cat([x_rows, y_rows], 1)  # [B, 8, 8]
+    return torch.linalg.solve(system, torch.cat([read[..., 0], read[..., 1]], 1))
+
+
+def distort(
+    digits: Tensor, distortion: str, pool: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Pictures [B, 1, S, S] of digits [B, 28, 28], both in [0, 1], and their angles [B] (A.4).
+
+    Clutter is cut from pool.
+    """
+    B, S, device = len(digits), CANVAS[distortion], digits.device
+    angle = torch.zeros(B, device=device)
+    if distortion == "none":
+        return digits[:, None], angle
+    if distortion == "TC":
+        canvas = torch.zeros(B, S, S, device=device)
+        place(canvas, digits, generator)
+        for _ in range(6):
+            other = torch.randint(len(pool), (B, 1, 1), generator=generator, device=device)
+            corner = torch.randint(28 - 6 + 1, (B, 2), generator=generator, device=device)
+            rows, columns = (corner[:, :, None] + torch.arange(6, device=device)).unbind(1)
+            place(canvas, pool[other, rows[:, :, None], columns[:, None, :]], generator)
+        return canvas.clamp_(max=1)[:, None], angle
+
+    # points of the canvas in the digit's own coordinates, before it is distorted
+    G = target_grid(S, S).to(device) * (S - 1) / 27
+    if distortion == "R":
+        angle = uniform(B, -math.pi / 2, math.pi / 2, generator)
+        scale, shift = torch.ones(B, device=device), torch.zeros(B, 2, device=device)
+    elif distortion == "RTS":
+        angle = uniform(B, -math.pi / 4, math.pi / 4, generator)
+        scale = uniform(B, 0.7, 1.2, generator)
+        room = (S - 28 * scale) / 28  # to each side
+        shift = uniform(2 * B, -1, 1, generator).view(B, 2) * room[:, None]
+    else:
+        scale, shift = uniform(B, 0.75, 1.0, generator), torch.zeros(B, 2, device=device)
+    noise = partial(torch.randn, generator=generator, device=device)
+    if distortion == "P":
+        corners = torch.tensor([[-1.0, -1], [1, -1], [-1, 1], [1, 1]], device=device)
+        moved = corners * scale[:, None, None] + noise(B, 4, 2) * 5 / 13.5
+        theta = homography(moved, corners.expand(B, -1, -1))
+        points = sampling_points("projective", theta, basis("projective", G))
+    elif distortion == "E":
+        moved = control_points().to(device) + noise(B, 16, 2) * 1.5 / 13.5
+        inside = target_grid(S, S) * (S - 1) / 27
+        points = basis("tps", inside).to(device) @ moved / scale[:, None, None]
+    else:
+        points = basis("affine", G) @ similarity(angle, scale, shift)
+    return sample(digits[:, None], points, S), angle
+
+
+def make_examples(
+    digits: Tensor, labels: Tensor, chosen: Tensor, args: Args, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs [B, C, S, S], targets [B] and angles [B] of the chosen digits [B].
+
+    addition: two channels, each a digit distorted by itself, and their sum.
+    """
+    if args.task == "classification":
+        x, angle = distort(digits[chosen], args.distortion, digits, generator)
+        return x, labels[chosen], angle
+    others = torch.randint(len(digits), chosen.shape, generator=generator, device=digits.device)
+    pictures = [distort(digits[i], "RTS", digits, generator) for i in (chosen, others)]
+    x = torch.cat([picture for picture, _ in pictures], 1)
+    return x, labels[chosen] + labels[others], pictures[0][1]
+
+
+# ---- Evaluation and training --------------------------------------------------------------------
+
+
+class Examples(NamedTuple):
+    """A data set that stays as it is."""
+
+    x: Tensor  # [N, C, S, S]
+    y: Tensor  # [N]
+    angle: Tensor  # [N] radians, by which the digit was turned
+
+
+def angle_of(points: Tensor) -> Tensor:
+    """The rotation [B] in sampling points [B, H W, 2], by the nearest affine transformation."""
+    size = math.isqrt(points.shape[1])
+    G = target_grid(size, size).to(points)
+    A = G.T @ (points - points.mean(1, keepdim=True)) / G.square().sum(0)[:, None]  # [B, 2, 2]
+    return torch.atan2(A[:, 0, 1] - A[:, 1, 0], A[:, 0, 0] + A[:, 1, 1])
+
+
+@torch.no_grad()
+def evaluate(net: TransformerNetwork, args: Args, examples: Examples) -> dict[str, float]:
+    """Error in percent, share of points inside the image, on R how well digits are turned."""
+    wrong, inside, turned = 0, [], []
+    for x, y in zip(examples.x.split(1000), examples.y.split(1000)):
+        logits, _, points = net(x)
+        wrong += (logits.argmax(1) != y).sum().item()
+        if points.numel():
+            inside.append((points.abs() <= 1).all(-1).float().mean().item())
+            turned.append(angle_of(points[:, 0]))
+    metrics = {"eval/error": 100 * wrong / len(examples.y)}
+    if inside:
+        metrics["eval/inside"] = float(np.mean(inside))
+        if args.distortion == "R" and args.task == "classification":
+            both = torch.stack([torch.cat(turned), examples.angle])
+            correlation = torch.corrcoef(both)[0, 1].nan_to_num().item()  # nan: it does not turn
+            metrics["eval/angle_correlation"] = correlation
+    return metrics
+
+
+def update(
+    net: TransformerNetwork, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step on a minibatch; returns its loss and the share of points inside the image."""
+    logits, _, points = net(x)
+    loss = F.cross_entropy(logits, y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    inside = (points.detach().abs() <= 1).all(-1).float().mean() if points.numel() else loss * 0 + 1
+    return loss.detach(), inside.detach()
+
+
+def report(writer, step: int, metrics: dict[str, float]) -> None:
+    """The same numbers to the terminal, to tensorboard and to metrics.csv."""
+    tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+    with open(Path(writer.log_dir, "metrics.csv"), "a", newline="") as file:
+        csv.writer(file).writerows([step, name, value] for name, value in metrics.items())
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> dict:
+    """What save_checkpoint wrote, its parameters put into net.
+
+    The flags named in shaping must be those of the run that wrote it.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu")
+        for name in shaping:
+            theirs, ours = checkpoint["args"][name], getattr(args, name)
+            if theirs != ours:
+                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+        net.load_state_dict(checkpoint["net"])
+    except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
+        kind = type(error).__name__
+        raise SystemExit(
+            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+        ) from None
+    return checkpoint
+
+
+def open_run_dir(args: Args, task: str, script: str) -> Path:
+    """The folder of this run: that of the checkpoint it resumes, or a new one."""
+    if args.resume:
+        return Path(args.resume).parent
+    name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    if (run_dir / "checkpoint.pt").exists():
+        raise SystemExit(
+            f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
+            "another --run-dir begins anew."
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+    return run_dir
+
+
+class Diverged(SystemExit):
+    """The loss is no longer a number."""
+
+
+def refuse_infinity(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
+            "a smaller --learning-rate may help."
+        )
+
+
+def stopped(run_dir: str | Path) -> SystemExit:
+    """What Ctrl-C ends with."""
+    path = Path(run_dir, "checkpoint.pt")
+    if not path.exists():
+        return SystemExit("Stopped before the first checkpoint.")
+    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU here; leave the flag out.")
+    return name
+
+
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "eval_epsilon")
+
+
+def check(args: Args) -> None:
+    """Refuse numbers that no run can have and flags that exclude each other."""
+    for field in fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        counts = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
+        lowest, highest = int(counts), 1 if field.name in FRACTIONS else 2**32 - 1
+        signed = isinstance(field.default, float) and field.default < 0
+        if type(value) in (int, float) and not signed and not lowest <= value <= highest:
+            raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if args.resume and args.evaluate:
+        raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
+    if args.resume and args.run_dir:
+        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+@torch.no_grad()
+def draw_transformations(net: TransformerNetwork, examples: Examples, path: Path) -> None:
+    """Inputs, where the transformer reads them, and what the classifier sees."""
+    x = examples.x[:10]
+    _, V, points = net(x)
+    figure, axes = plt.subplots(2, len(x), figsize=(1.3 * len(x), 2.9), squeeze=False)
+    S, colours = x.shape[-1], ("tab:red", "tab:green")
+    for i in range(len(x)):
+        axes[0, i].imshow(x[i].amax(0).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
+        for t in range(points.shape[1]):
+            size = math.isqrt(points.shape[2])
+            grid = ((points[i, t].view(size, size, 2) + 1) / 2 * (S - 1)).cpu().numpy()
+            frame = [grid[0], grid[:, -1], grid[-1, ::-1], grid[::-1, 0]]
+            axes[0, i].plot(*np.concatenate(frame).T, color=colours[t % 2], lw=1)
+        axes[1, i].imshow(V[i].amax(0).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
+        for axis in axes[:, i]:
+            height, width = axis.get_images()[0].get_array().shape
+            axis.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    axes[0, 0].set(ylabel="input")
+    axes[1, 0].set(ylabel="transformed")
+    figure.savefig(path, dpi=90, bbox_inches="tight")
+    plt.close(figure)
+
+
+@torch.no_grad()
+def film_frame(net: TransformerNetwork, examples: Examples) -> Tensor:
+    """Eight fixed inputs above what the classifier sees of them, as bytes [2 S, 8 S]."""
+    x = examples.x[:8].amax(1, keepdim=True)
+    V = F.interpolate(net(examples.x[:8])[1].amax(1, keepdim=True), size=x.shape[-2:])
+    rows = [torch.cat(list(part[:, 0]), 1) for part in (x, V)]
+    return (255 * torch.cat(rows).clamp(0, 1)).byte().cpu()
+
+
+def save_film(frames: list[Tensor], path: Path) -> None:
+    pictures = [Image.fromarray(frame.numpy().repeat(2, 0).repeat(2, 1)) for frame in frames]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=120, loop=0)
+
+
+def refuse(args: Args) -> None:
+    """Combinations of flags that no run can have."""
+    if args.num_transformers > 1 and (args.task != "addition" or args.transform == "none"):
+        raise SystemExit("--num-transformers above 1 is for --task addition with a --transform.")
+    if args.task == "addition" and args.distortion not in ("R", "RTS"):
+        raise SystemExit("--task addition distorts its digits by RTS: leave --distortion out.")
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    refuse(args)
+    device = choose_device(args.device)
+    torch.manual_seed(args.seed)
+    load = {"mnist": partial(load_mnist, args.data_dir), "digits": load_digits}[args.dataset]
+    (digits, labels), (test_digits, test_labels) = (
+        [part.to(device) for part in load(split)] for split in ("train", "t10k")
+    )
+    digits, test_digits = digits / 255, test_digits / 255
+    frozen = torch.Generator(device).manual_seed(2015)
+    everyone = torch.arange(len(test_digits), device=device)
+    test = Examples(*make_examples(test_digits, test_labels, everyone, args, frozen))
+    if args.fixed_distortions:
+        everyone = torch.arange(len(digits), device=device)
+        parts = [make_examples(digits, labels, i, args, frozen) for i in everyone.split(10_000)]
+        fixed = Examples(*(torch.cat(part) for part in zip(*parts)))
+
+    net = make_net(args).to(device)
+    tqdm.write(f"{count_parameters(net):,} parameters")
+    localising = list(net.transformers.parameters())
+    groups = [{"params": net.classifier.parameters(), "lr": args.learning_rate}]
+    groups += [{"params": localising, "lr": args.localisation_learning_rate}] * bool(localising)
+    optimizer = torch.optim.SGD(groups, momentum=args.sgd_momentum)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    shaping = ("task", "distortion", "model", "transform", "num_transformers", "dataset")
+    t, seconds, frames = 0, 0.0, []
+    if args.evaluate:
+        load_checkpoint(Path(args.evaluate), args, net, *shaping)
+        draw_transformations(net, test, Path(args.evaluate).with_name("transformations.png"))
+        return evaluate(net, args, test)
+    if args.resume:
+        kept = ("learning_rate", "localisation_learning_rate", "sgd_momentum", "batch_size")
+        kept += ("fixed_distortions",)
+        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, *kept)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        generator.set_state(checkpoint["rng"])
+        t, seconds, frames = checkpoint["t"], checkpoint["seconds"], checkpoint["frames"]
+        if t >= args.total_iterations:
+            raise SystemExit(f"{args.resume} is at update {t}: raise --total-iterations.")
+
+    kind = args.task if args.task == "addition" else args.distortion
+    run_dir = open_run_dir(
+        args, f"{kind}_{args.model}_{args.transform}", "spatial_transformer_mnist"
+    )
+    writer = SummaryWriter(run_dir)
+    writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
+    bar = tqdm(total=args.total_iterations, initial=t, unit="update", disable=None)
+    watched, start = [], time.perf_counter()
+    base = (args.learning_rate, args.localisation_learning_rate)
+    try:
+        while t < args.total_iterations:
+            for group, rate in zip(optimizer.param_groups, base):
+                group["lr"] = rate / 10 ** (3 * t // args.total_iterations)
+            size = (args.batch_size,)
+            chosen = torch.randint(len(digits), size, generator=generator, device=device)
+            if args.fixed_distortions:
+                x, y = fixed.x[chosen], fixed.y[chosen]
+            else:
+                x, y, _ = make_examples(digits, labels, chosen, args, generator)
+            watched.append(torch.stack(update(net, optimizer, x, y)))
+            refuse_infinity(watched[-1][0].item(), f"at update {t}")
+            t += 1
+            bar.update()
+            if t % args.report_every and t < args.total_iterations:
+                continue
+
+            now = time.perf_counter()
+            seconds += now - start
+            loss, inside = torch.stack(watched).mean(0).tolist()
+            if inside < 0.05:
+                raise SystemExit(
+                    f"The transformer has left the image before update {t} and learns no more: the "
+                    "run stops. A smaller --localisation-learning-rate helps."
+                )
+            metrics = {"losses/loss": loss, "charts/inside": inside}
+            metrics["charts/SPS"] = len(watched) * args.batch_size / (now - start)  # images/s
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["charts/minutes"] = seconds / 60
+            metrics |= evaluate(net, args, test)
+            frames.append(film_frame(net, test))
+            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "t": t}
+            state |= {"rng": generator.get_state(), "seconds": seconds, "frames": frames}
+            save_checkpoint(run_dir / "checkpoint.pt", args=asdict(args), **state)
+            report(writer, t, metrics)
+            watched, start = [], time.perf_counter()
+    except KeyboardInterrupt:
+        raise stopped(run_dir) from None
+    finally:
+        writer.close()
+        bar.close()
+    draw_transformations(net, test, run_dir / "transformations.png")
+    save_film(frames, run_dir / "training.gif")
+    return metrics
+
+
+if __name__ == "__main__":
+    print(main(tyro.cli(Args, description=__doc__)))

@@ -1,0 +1,459 @@
+"""spatial_transformer_mnist.py against the paper's sums in numpy, torch's own grids and its runs.
+
+Public mistakes that these tests would catch: padding that is not the background, a second bias of 1
+in the identity, log(0) in the spline, wrong values at the border, two pixel conventions, a
+classifier that is given the unwarped input, a localisation network that starts without gradient.
+"""
+
+import dataclasses
+import itertools
+import math
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from running import ROOT
+
+import spatial_transformer_mnist as stn
+from spatial_transformer_mnist import Args, SpatialTransformer
+
+TRANSFORMS = ("attention", "affine", "projective", "tps")
+TINY = {"dataset": "digits", "report_every": 10, "total_iterations": 20, "batch_size": 32}
+each_transform = pytest.mark.parametrize("transform", TRANSFORMS)
+
+
+def some_theta(transform, B=3, seed=0):
+    identity, generator = stn.identity(transform), torch.Generator().manual_seed(seed)
+    return (identity + 0.1 * torch.randn(B, len(identity), generator=generator)).double()
+
+
+def points_of(transform, theta, size):
+    basis = stn.basis(transform, stn.target_grid(size, size).double())
+    return stn.sampling_points(transform, theta, basis)
+
+
+# ---- Grids and transformations ------------------------------------------------------------------
+
+
+@each_transform
+@pytest.mark.parametrize("size", [7, 8])
+def test_math_identity_returns_the_image(transform, size):
+    U = torch.rand(2, 3, size, size, dtype=torch.float64)
+    theta = stn.identity(transform).double().expand(2, -1)
+    V = stn.sample(U, points_of(transform, theta, size), size)
+    torch.testing.assert_close(V, U, atol=1e-6, rtol=1e-6)
+
+
+def test_math_target_grid_reaches_from_corner_to_corner_row_by_row():
+    G = stn.target_grid(2, 3)
+    assert G.tolist() == [[-1, -1], [0, -1], [1, -1], [-1, 1], [0, 1], [1, 1]]
+
+
+def test_math_affine_grid_is_torchs():
+    theta = some_theta("affine")
+    ours = points_of("affine", theta, 6)
+    theirs = F.affine_grid(theta.view(3, 2, 3), [3, 1, 6, 6], align_corners=True)
+    torch.testing.assert_close(ours, theirs.view(3, 36, 2))
+
+
+def test_math_special_cases_agree():
+    """Attention is an affine transformation; so is a projective one without perspective."""
+    s, x, y = 0.7, 0.2, -0.1
+    affine = points_of("affine", torch.tensor([[s, 0, x, 0, s, y]]).double(), 5)
+    attention = points_of("attention", torch.tensor([[s, x, y]]).double(), 5)
+    torch.testing.assert_close(attention, affine)
+    general = some_theta("affine")
+    projective = F.pad(general, (0, 2))
+    torch.testing.assert_close(
+        points_of("projective", projective, 5), points_of("affine", general, 5)
+    )
+    control = points_of("affine", general, 4)  # a spline bent by an affine map is that map
+    P = F.pad(stn.control_points().double(), (0, 1), value=1.0)
+    moved = P @ stn.matrix("affine", general)
+    torch.testing.assert_close(points_of("tps", moved.flatten(1), 4), control, atol=1e-6, rtol=1e-6)
+
+
+def test_math_projective_is_a_homography_and_never_infinite():
+    theta = some_theta("projective")
+    H = F.pad(theta, (0, 1), value=1.0).view(3, 3, 3)
+    G = F.pad(stn.target_grid(4, 4).double(), (0, 1), value=1.0)
+    expected = torch.einsum("bij,nj->bni", H, G)
+    expected = expected[..., :2] / expected[..., 2:]
+    torch.testing.assert_close(points_of("projective", theta, 4), expected)
+    horizon = torch.tensor([[1.0, 0, 0, 0, 1, 0, -1, 0]], dtype=torch.float64, requires_grad=True)
+    points = points_of("projective", horizon, 3)  # the right edge lies at infinity
+    points.sum().backward()
+    assert torch.isfinite(points).all() and torch.isfinite(horizon.grad).all()
+
+
+def test_math_spline_passes_through_its_control_points():
+    theta = some_theta("tps", B=2)
+    at_control = stn.sampling_points("tps", theta, stn.basis("tps", stn.control_points().double()))
+    torch.testing.assert_close(at_control.flatten(1), theta, atol=1e-6, rtol=1e-6)
+    assert stn.radial(torch.zeros(2)).tolist() == [0, 0]
+    r = torch.tensor([0.5, 2.0])
+    torch.testing.assert_close(stn.radial(r**2), r**2 * r.log())
+
+
+def test_math_sampler_against_the_papers_double_sum():
+    """Equation 5, points outside included: there the sum has no terms."""
+    torch.manual_seed(0)
+    U = torch.rand(1, 2, 5, 4, dtype=torch.float64)
+    points = torch.rand(1, 9, 2, dtype=torch.float64) * 3 - 1.5
+    V = F.grid_sample(  # not square: the script's function with its own shape
+        U, points.view(1, 3, 3, 2), padding_mode="zeros", align_corners=True
+    )
+    torch.testing.assert_close(stn.sample(U, points, 3), V)
+    for i, c in itertools.product(range(9), range(2)):
+        x, y = (points[0, i, 0] + 1) / 2 * 3, (points[0, i, 1] + 1) / 2 * 4
+        total = sum(
+            U[0, c, n, m] * max(0, 1 - abs(x - m)) * max(0, 1 - abs(y - n))
+            for n, m in itertools.product(range(5), range(4))
+        )
+        torch.testing.assert_close(V[0, c].flatten()[i], torch.as_tensor(total).double())
+
+
+def test_gradient_of_the_sampler_is_the_papers():
+    """Equations 6 and 7 at points between the pixels."""
+    torch.manual_seed(0)
+    U = torch.rand(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    points = (torch.rand(1, 4, 2, dtype=torch.float64) * 1.8 - 0.9).requires_grad_()
+    V = stn.sample(U, points, 2)
+    for i in range(4):
+        d_U, d_points = torch.autograd.grad(V.flatten()[i], (U, points), retain_graph=True)
+        x, y = ((points[0, i] + 1) / 2 * 3).tolist()
+        d_x = 0.0
+        for n, m in itertools.product(range(4), range(4)):
+            weight = max(0, 1 - abs(x - m)) * max(0, 1 - abs(y - n))
+            assert d_U[0, 0, n, m].item() == pytest.approx(weight, abs=1e-9)
+            sign = 0 if abs(m - x) >= 1 else (1 if m >= x else -1)
+            d_x += U[0, 0, n, m].item() * max(0, 1 - abs(y - n)) * sign
+        assert d_points[0, i, 0].item() == pytest.approx(d_x * 1.5, abs=1e-9)
+
+
+@each_transform
+def test_gradient_check_from_theta_to_output(transform):
+    U = torch.rand(1, 1, 5, 5, dtype=torch.float64)
+    theta = (some_theta(transform, B=1) * 0.83).requires_grad_()
+    basis = stn.basis(transform, stn.target_grid(3, 3).double())
+
+    def read(theta, U):
+        return stn.sample(U, stn.sampling_points(transform, theta, basis), 3)
+
+    assert torch.autograd.gradcheck(read, (theta, U.requires_grad_()), eps=1e-7, atol=1e-4)
+
+
+# ---- The network --------------------------------------------------------------------------------
+
+
+@each_transform
+@pytest.mark.parametrize("model", ["fcn", "cnn"])
+def test_math_a_new_transformer_changes_nothing(transform, model):
+    net = stn.make_net(Args(model=model, transform=transform))
+    x = torch.rand(4, 1, 28, 28)
+    _, V, points = net(x)
+    torch.testing.assert_close(V, x, atol=1e-5, rtol=1e-5)
+    assert points.shape == (4, 1, 784, 2)
+
+
+@each_transform
+@pytest.mark.parametrize("model", ["fcn", "cnn"])
+def test_gradient_reaches_the_localisation_network_from_the_start(transform, model):
+    torch.manual_seed(0)
+    net = stn.make_net(Args(model=model, transform=transform, distortion="RTS"))
+    x, y = torch.rand(8, 1, 42, 42), torch.randint(10, (8,))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    gradient = torch.autograd.grad(
+        F.cross_entropy(net(x)[0], y), net.transformers[0].regression.weight
+    )[0]
+    assert gradient.abs().sum() > 0
+    stn.update(net, optimizer, x, y)
+    stn.update(net, optimizer, x, y)
+    assert all(p.grad.abs().sum() > 0 for p in net.transformers.parameters())
+
+
+@pytest.mark.parametrize("distortion", ["R", "RTS", "P", "E", "TC"])
+def test_math_networks_of_an_experiment_have_equal_sizes(distortion):
+    counts = {
+        (model, transform): stn.count_parameters(
+            stn.make_net(Args(model=model, transform=transform, distortion=distortion))
+        )
+        for model in ("fcn", "cnn")
+        for transform in ("none", *TRANSFORMS)
+    }
+    S = stn.CANVAS[distortion]
+    assert counts["cnn", "none"] == {28: 208_586, 42: 222_026, 60: 270_026}[S]
+    for count in counts.values():
+        assert abs(count / counts["cnn", "none"] - 1) < 0.05, counts
+
+
+@pytest.mark.parametrize("model", ["fcn", "cnn"])
+def test_math_addition_stacks_two_transformers(model):
+    none, one, two = (
+        stn.make_net(Args(task="addition", model=model, transform=how, num_transformers=n))
+        for how, n in (("none", 1), ("affine", 1), ("affine", 2))
+    )
+    logits, V, points = two(torch.rand(3, 2, 42, 42))
+    assert logits.shape == (3, 19) and V.shape == (3, 4, 28, 28)
+    assert points.shape == (3, 2, 56 * 56, 2)
+    assert points[0, 0, :, 0].mean() < -0.2 and points[0, 1, :, 0].mean() > 0.2  # apart
+    sizes = [stn.count_parameters(net) for net in (none, one, two)]
+    assert max(sizes) < 1.05 * min(sizes)
+
+
+def test_math_the_classifier_sees_the_transformed_image_halved_by_the_mean():
+    net = stn.make_net(Args(distortion="RTS", transform="affine"))
+    x = torch.rand(2, 1, 42, 42)
+    seen = []
+    net.classifier.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    _, V, points = net(x)
+    full = stn.sample(x, points[:, 0], 56)
+    torch.testing.assert_close(V, F.avg_pool2d(full, 2))
+    assert torch.equal(seen[0], V) and V.shape == (2, 1, 28, 28)
+
+
+def test_math_background_and_padding_are_both_black():
+    far = torch.full((1, 4, 2), 5.0)
+    assert (stn.sample(torch.rand(1, 1, 6, 6), far, 2) == 0).all()
+    digits = torch.zeros(4, 28, 28)
+    for distortion in ("R", "RTS", "P", "E", "TC"):
+        x, _ = stn.distort(digits, distortion, digits, torch.Generator())
+        assert (x == 0).all()
+
+
+# ---- The distortions ----------------------------------------------------------------------------
+
+
+def disc(B, radius=4.0, at=(0.0, 0.0)):
+    """Soft discs, pixels from the centre."""
+    y, x = torch.meshgrid(torch.arange(28) - 13.5, torch.arange(28) - 13.5, indexing="ij")
+    one = (radius + 0.5 - ((x - at[0]) ** 2 + (y - at[1]) ** 2).sqrt()).clamp(0, 1)
+    return one.expand(B, -1, -1)
+
+
+def centres_of(x):
+    """Centre of mass [B, 2] in pixels from the middle of the canvas."""
+    S = x.shape[-1]
+    p = torch.arange(S) - (S - 1) / 2
+    mass = x.sum((1, 2, 3))
+    return (
+        torch.stack([(x[:, 0].sum(1) * p).sum(1), (x[:, 0].sum(2) * p).sum(1)], 1) / mass[:, None]
+    )
+
+
+def test_math_R_turns_by_the_angle_it_tells():
+    generator = torch.Generator().manual_seed(0)
+    x, angle = stn.distort(disc(3000, 2.0, at=(8.0, 0.0)), "R", None, generator)
+    assert x.shape == (3000, 1, 28, 28)
+    assert angle.min() > -math.pi / 2 and angle.max() < math.pi / 2
+    assert angle.std().item() == pytest.approx(math.pi / math.sqrt(12), rel=0.05)
+    found = torch.atan2(*centres_of(x).flip(1).unbind(1))
+    error = torch.minimum((found - angle).abs().max(), (found + angle).abs().max())
+    assert error < 0.05
+    assert (centres_of(x).norm(dim=1) - 8).abs().max() < 0.2
+
+
+def test_math_RTS_scales_and_moves_over_the_whole_canvas():
+    generator = torch.Generator().manual_seed(0)
+    x, angle = stn.distort(disc(3000, 5.0), "RTS", None, generator)
+    assert x.shape == (3000, 1, 42, 42) and angle.abs().max() < math.pi / 4
+    scale = (x.sum((1, 2, 3)) / (math.pi * 5**2)).sqrt()
+    assert scale.min().item() == pytest.approx(0.7, abs=0.05)
+    assert scale.max().item() == pytest.approx(1.2, abs=0.05)
+    centres = centres_of(x)
+    assert (centres.abs() <= ((42 - 28 * scale) / 2 + 0.6)[:, None]).all()
+    for low_or_high in (centres.amin(0), -centres.amax(0)):
+        assert (low_or_high < -10).all() and (low_or_high > -11.5).all()
+
+
+def test_math_P_moves_the_corners_by_five_pixels():
+    """Homographies found from corners agree with the points they are told to read."""
+    torch.manual_seed(0)
+    at, read = torch.randn(2, 5, 4, 2, dtype=torch.float64)
+    theta = stn.homography(at, read)
+    for b in range(5):
+        found = stn.sampling_points("projective", theta[b : b + 1], stn.basis("projective", at[b]))
+        torch.testing.assert_close(found[0], read[b], atol=1e-6, rtol=1e-6)
+    x, _ = stn.distort(disc(3000, 2.0), "P", None, torch.Generator().manual_seed(0))
+    assert x.shape == (3000, 1, 42, 42)
+    centres = centres_of(x)
+    lost = centres.isnan().any(1)  # a corner may fold over
+    assert lost.float().mean() < 0.005
+    assert 1.5 < centres[~lost].std(0).mean() < 4  # the mean of four corners moves by about 2.5
+
+
+def test_math_E_bends_by_a_pixel_and_a_half():
+    x, _ = stn.distort(disc(3000, 2.0), "E", None, torch.Generator().manual_seed(0))
+    assert x.shape == (3000, 1, 42, 42)
+    shift = centres_of(x)
+    assert shift.mean().abs() < 0.1 and 0.7 < shift.std().item() < 1.5
+    area = (x.sum((1, 2, 3)) / (math.pi * 2.0**2)).sqrt()
+    assert 0.7 < area.mean().item() < 1.0
+
+
+def test_math_TC_adds_six_pieces_and_clips():
+    digits = torch.full((2000, 28, 28), 0.5)
+    pool = torch.full((3, 28, 28), 0.7)
+    generator = torch.Generator().manual_seed(0)
+    x, _ = stn.distort(digits, "TC", pool, generator)
+    assert x.shape == (2000, 1, 60, 60) and x.max() == 1
+    clutter = (x == 0.7).sum((1, 2, 3)) + (x == 1).sum((1, 2, 3))
+    assert clutter.max() <= 6 * 36 and 150 < clutter.float().mean() < 6 * 36
+    assert {0.0, 0.5, 1.0} <= {round(value, 4) for value in x.unique().tolist()}
+
+
+def test_math_addition_distorts_two_digits_each_by_itself():
+    digits, labels = disc(50).contiguous(), torch.arange(50) % 10
+    args, generator = Args(task="addition"), torch.Generator().manual_seed(0)
+    chosen = torch.randint(50, (400,), generator=generator)
+    x, y, _ = stn.make_examples(digits, labels, chosen, args, generator)
+    assert x.shape == (400, 2, 42, 42)
+    rest = y - labels[chosen]
+    assert rest.min() == 0 and rest.max() == 9 and y.max() > 15
+    first, second = centres_of(x[:, :1]), centres_of(x[:, 1:])
+    assert np.corrcoef(first[:, 0], second[:, 0])[0, 1] < 0.2
+
+
+def test_math_angle_is_read_from_the_points():
+    angle = torch.tensor([0.3, -0.7, 0.0])
+    one = torch.ones(3)
+    for scale in (one, 0.6 * one):
+        M = stn.similarity(angle, scale, torch.tensor([[0.1, 0.2]]).expand(3, -1))
+        points = stn.basis("affine", stn.target_grid(9, 9)) @ M
+        torch.testing.assert_close(stn.angle_of(points).abs(), angle.abs(), atol=1e-5, rtol=0)
+    undone = points_of("affine", stn.identity("affine").double()[None], 5)
+    assert stn.angle_of(undone).abs().item() < 1e-6
+
+
+# ---- Runs ---------------------------------------------------------------------------------------
+
+
+def without_times(metrics):
+    return {k: v for k, v in metrics.items() if k not in ("charts/SPS", "charts/minutes")}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"model": "cnn", "transform": "affine"},
+        {"transform": "tps", "distortion": "E", "fixed_distortions": True},
+        {"task": "addition", "num_transformers": 2, "transform": "attention"},
+        {"transform": "none", "distortion": "TC"},
+    ],
+)
+def test_learns_and_goes_on_bit_for_bit(flags, tmp_path):
+    args = Args(**TINY, **flags, learning_rate=0.1, sgd_momentum=0.9)
+    metrics = stn.main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
+    rows = [r.split(",") for r in (tmp_path / "whole/metrics.csv").read_text().splitlines()]
+    losses = [float(value) for _, tag, value in rows if tag == "losses/loss"]
+    assert losses[-1] < losses[0]
+    for picture in ("transformations.png", "training.gif"):
+        assert (tmp_path / "whole" / picture).stat().st_size > 0
+
+    save, saved = stn.save_checkpoint, []
+
+    def save_half(path, **state):
+        save(path, **state)
+        if not saved:
+            saved.append(path.read_bytes())
+
+    half = tmp_path / "half"
+    half.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stn, "save_checkpoint", save_half)
+        stn.main(dataclasses.replace(args, run_dir=str(tmp_path / "again")))
+    (half / "checkpoint.pt").write_bytes(saved[0])
+    on = stn.main(dataclasses.replace(args, resume=str(half / "checkpoint.pt")))
+    assert without_times(on) == without_times(metrics)
+    evaluated = stn.main(dataclasses.replace(args, evaluate=str(half / "checkpoint.pt")))
+    assert evaluated == {tag: metrics[tag] for tag in evaluated} and "eval/error" in evaluated
+
+
+def test_learns_to_find_a_shifted_digit():
+    """Half of 28x28 pixels hold a 3 or a 1, left or right; a transformer moves there."""
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    generator = torch.Generator().manual_seed(0)
+    x, y = stn.load_digits("train")
+    x, y = x[(y == 1) | (y == 3)] / 255, (y[(y == 1) | (y == 3)] == 3).long()
+    small = F.interpolate(x[:, None], size=14, mode="area")
+    localisation, n = stn.fcn_localisation(1, 28)
+    transformer = SpatialTransformer(localisation, n, "attention", 14)
+    with torch.no_grad():
+        transformer.regression.bias[0] = 0.5
+    net = stn.TransformerNetwork([transformer], False, stn.fcn_classifier(1, 14, 16, 2))
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    side = None
+    for _ in range(600):
+        chosen = torch.randint(len(x), (64,), generator=generator)
+        side = torch.randint(2, (64,), generator=generator)
+        canvas = torch.zeros(64, 1, 28, 28)
+        for k in (0, 1):
+            canvas[side == k, :, 7:21, 14 * k : 14 * k + 14] = small[chosen][side == k]
+        loss, _ = stn.update(net, optimizer, canvas, y[chosen])
+    points = net(canvas)[2][:, 0, :, 0].mean(1).detach()
+    assert loss < 0.3
+    assert points[side == 1].mean() - points[side == 0].mean() > 0.3
+    assert time.perf_counter() - start < 60
+
+
+# ---- Mistakes of users --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ({"data_dir": "nowhere", "dataset": "mnist"}, "--dataset digits"),
+        ({"batch_size": 0}, "--batch-size must lie"),
+        ({"num_transformers": 2}, "is for --task addition"),
+        ({"task": "addition", "distortion": "E"}, "leave --distortion out"),
+        ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
+        ({"learning_rate": 1e9}, "loss is (nan|inf) at update"),
+    ],
+)
+def test_bad_input(flags, sentence, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(stn.urllib.request, "urlopen", unreachable)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=sentence):
+        stn.main(Args(**{**TINY, **flags}))
+
+
+def test_bad_input_a_transformer_that_left_the_image(tmp_path, monkeypatch):
+    make_net = stn.make_net
+
+    def lost(args):
+        net = make_net(args)
+        with torch.no_grad():
+            net.transformers[0].regression.bias[2] = 9.0
+        return net
+
+    monkeypatch.setattr(stn, "make_net", lost)
+    with pytest.raises(SystemExit, match="has left the image before update 10"):
+        stn.main(Args(**TINY, run_dir=str(tmp_path)))
+
+
+def test_bad_input_other_transform(tmp_path):
+    args = Args(**TINY, run_dir=str(tmp_path))
+    stn.main(args)
+    checkpoint = str(tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="was made with transform=affine, not with transform=tps"):
+        stn.main(dataclasses.replace(args, transform="tps", evaluate=checkpoint))
+    with pytest.raises(SystemExit, match="raise --total-iterations"):
+        stn.main(dataclasses.replace(args, resume=checkpoint, run_dir=""))
+
+
+def test_command_line(tmp_path):
+    flags = f"--dataset digits --total-iterations 5 --batch-size 8 --run-dir {tmp_path}"
+    command = [sys.executable, str(ROOT / "spatial_transformer_mnist.py"), *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "eval/error" in done.stdout and (tmp_path / "checkpoint.pt").exists()
+    assert "parameters" in done.stdout
+    shown = subprocess.run([*command[:2], "--help"], capture_output=True, text=True).stdout
+    assert "Spatial transformer networks" in shown and "--distortion" in shown
