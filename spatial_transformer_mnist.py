@@ -53,9 +53,7 @@ Transform = Literal["attention", "affine", "projective", "tps"]
 class Args:
     # The method
     task: Literal["classification", "addition"] = "classification"  # a digit, or the sum of two
-    distortion: Literal["R", "RTS", "P", "E", "TC", "none"] = (
-        "R"  # rotated ... translated + clutter
-    )
+    distortion: Literal["R", "RTS", "P", "E", "TC", "none"] = "R"  # rotated ... moved, cluttered
     model: Literal["fcn", "cnn"] = "fcn"  # the classifier: fully connected or convolutional
     transform: Literal["none", "attention", "affine", "projective", "tps"] = "affine"  # in front
     num_transformers: int = 1  # side by side, each on all channels (addition: 1 or 2)
@@ -151,7 +149,7 @@ def sampling_points(transform: Transform, theta: Tensor, B: Tensor) -> Tensor:
     return points[..., :2] / torch.where(w.abs() < 1e-3, far, w)
 
 
-def sample(U: Tensor, points: Tensor, size: int) -> Tensor:
+def sampler(U: Tensor, points: Tensor, size: int) -> Tensor:
     """V [B, C, size, size], U read at the points bilinearly, zero outside (equation 5)."""
     grid = points.view(-1, size, size, 2)
     return F.grid_sample(U, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
@@ -183,7 +181,7 @@ class SpatialTransformer(nn.Module):
         """V [B, C, size, size] and the points [B, size^2, 2] it was read at."""
         theta = self.regression(self.localisation(U))
         points = sampling_points(self.transform, theta, self.B)
-        return sample(U, points, self.size), points
+        return sampler(U, points, self.size), points
 
 
 def fcn_localisation(C: int, S: int) -> tuple[nn.Module, int]:
@@ -422,7 +420,7 @@ def distort(
         points = basis("tps", inside).to(device) @ moved / scale[:, None, None]
     else:
         points = basis("affine", G) @ similarity(angle, scale, shift)
-    return sample(digits[:, None], points, S), angle
+    return sampler(digits[:, None], points, S), angle
 
 
 def make_examples(

@@ -13,7 +13,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 ROLES = {"Args", "main", "evaluate", "update", "worker", "make_env", "actor", "learner"}
-ROLES |= {"make_optimizer", "refuse"}
+ROLES |= {"make_net", "make_optimizer", "refuse"}
 UNANNOTATED = {"writer", "T", "log", "optimizer", "save", "evaluate_now"}
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
