@@ -70,9 +70,7 @@ class Args:
     report_every: int = 1000  # updates between two reports, each with a checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     seed: int = 1  # of every random number
-    run_dir: str = (
-        ""  # for logs, pictures, checkpoint.pt; default runs/TASK_...__SCRIPT__SEED__TIME
-    )
+    run_dir: str = ""  # for logs, pictures, checkpoint.pt; default runs/DISTORTION_MODEL_...
     resume: str = ""  # a checkpoint.pt to continue from, in its own folder
     evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
 
