@@ -774,14 +774,6 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_command_line_help_names_the_paper_and_explains_every_flag():
-    command = [sys.executable, "a3c_atari.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "Asynchronous methods for deep reinforcement" in done.stdout
-    for field in dataclasses.fields(Args):
-        assert "--" + field.name.replace("_", "-") in done.stdout
-
-
 def test_command_line_toy_games_are_ones_of_gymnasium():
     for name in ("Side", "Clock", "TruncatedClock"):
         gym.make(f"toy_games:{name}-v0")

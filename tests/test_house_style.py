@@ -1,6 +1,7 @@
 """What all scripts have in common: the form, equal copies, and a README that says what they say."""
 
 import ast
+import dataclasses
 import importlib
 import re
 import shlex
@@ -105,6 +106,17 @@ def test_every_flag_has_one_line_with_help(path):
         elif line:
             assert re.fullmatch(r"\w+: .+ = .+  # \S.+", line), f"{path.name}:{number + 1}: {line}"
     assert groups == ["# The method", "# Optimisation", "# The run"]
+
+
+@each_script
+def test_help_names_the_paper_and_explains_every_flag(path, capsys):
+    script = importlib.import_module(path.stem)
+    with pytest.raises(SystemExit) as end:
+        tyro.cli(script.Args, description=script.__doc__, args=["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and "Paper" in shown and "Departures" in shown
+    for field in dataclasses.fields(script.Args):
+        assert "--" + field.name.replace("_", "-") in shown
 
 
 @each_script

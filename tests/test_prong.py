@@ -549,5 +549,3 @@ def test_command_line(tmp_path):
     command = [sys.executable, str(ROOT / "prong.py"), *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "eval/condition" in done.stdout and (tmp_path / "checkpoint.pt").exists()
-    shown = subprocess.run([*command[:2], "--help"], capture_output=True, text=True).stdout
-    assert "Natural neural networks" in shown and "--whitening-period" in shown

@@ -391,11 +391,3 @@ def test_command_line(tmp_path):
     (run_dir,) = tmp_path.glob("runs/cluttered__recurrent_visual_attention__1__*")
     names = {path.name for path in run_dir.iterdir()}
     assert {"checkpoint.pt", "metrics.csv", "glimpses.png"} <= names
-
-
-def test_command_line_help_names_the_paper_and_explains_every_flag():
-    command = [sys.executable, "recurrent_visual_attention.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "Recurrent models of visual attention" in done.stdout
-    for field in dataclasses.fields(Args):
-        assert "--" + field.name.replace("_", "-") in done.stdout

@@ -455,5 +455,3 @@ def test_command_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "eval/error" in done.stdout and (tmp_path / "checkpoint.pt").exists()
     assert "parameters" in done.stdout
-    shown = subprocess.run([*command[:2], "--help"], capture_output=True, text=True).stdout
-    assert "Spatial transformer networks" in shown and "--distortion" in shown
