@@ -495,7 +495,7 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
     return run_dir
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
 
 
 def check(args: Args) -> None:

@@ -265,7 +265,7 @@ def test_math_RTS_scales_and_moves_over_the_whole_canvas():
     assert scale.min().item() == pytest.approx(0.7, abs=0.05)
     assert scale.max().item() == pytest.approx(1.2, abs=0.05)
     centres = centres_of(x)
-    assert (centres.abs() <= ((42 - 28 * scale) / 2 + 0.6)[:, None]).all()
+    assert (centres.abs() <= ((41 - 27 * scale) / 2 + 0.6)[:, None]).all()
     for low_or_high in (centres.amin(0), -centres.amax(0)):
         assert (low_or_high < -10).all() and (low_or_high > -11.5).all()
 
@@ -281,9 +281,8 @@ def test_math_P_moves_the_corners_by_five_pixels():
     x, _ = stn.distort(disc(3000, 2.0), "P", None, torch.Generator().manual_seed(0))
     assert x.shape == (3000, 1, 42, 42)
     centres = centres_of(x)
-    lost = centres.isnan().any(1)  # a corner may fold over
-    assert lost.float().mean() < 0.02
-    assert 1.5 < centres[~lost].std(0).mean() < 4  # the mean of four corners moves by about 2.5
+    assert not centres.isnan().any()  # no corner folds over
+    assert 1.5 < centres.std(0).mean() < 4  # the mean of four corners moves by about 2.5
 
 
 def test_math_E_bends_by_a_pixel_and_a_half():
@@ -394,7 +393,7 @@ def test_learns_to_find_a_shifted_digit():
         canvas = torch.zeros(64, 1, 28, 28)
         for k in (0, 1):
             canvas[side == k, :, 7:21, 14 * k : 14 * k + 14] = small[chosen][side == k]
-        loss, _ = stn.update(net, optimizer, canvas, y[chosen])
+        loss = stn.update(net, optimizer, canvas, y[chosen])
     points = net(canvas)[2][:, 0, :, 0].mean(1).detach()
     assert loss < 0.3
     assert points[side == 1].mean() - points[side == 0].mean() > 0.3
@@ -410,6 +409,7 @@ def test_learns_to_find_a_shifted_digit():
         ({"data_dir": "nowhere", "dataset": "mnist"}, "--dataset digits"),
         ({"batch_size": 0}, "--batch-size must lie"),
         ({"num_transformers": 2}, "is for --task addition"),
+        ({"task": "addition", "num_transformers": 3}, "is 1 or 2"),
         ({"task": "addition", "distortion": "E"}, "leave --distortion out"),
         ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
         ({"learning_rate": 1e9}, "loss is (nan|inf) at update"),
@@ -445,7 +445,7 @@ def test_bad_input_other_transform(tmp_path):
     checkpoint = str(tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match="was made with transform=affine, not with transform=tps"):
         stn.main(dataclasses.replace(args, transform="tps", evaluate=checkpoint))
-    with pytest.raises(SystemExit, match="raise --total-iterations"):
+    with pytest.raises(SystemExit, match="has had all of its 20 updates"):
         stn.main(dataclasses.replace(args, resume=checkpoint, run_dir=""))
 
 
