@@ -285,7 +285,11 @@ def make_galaxies(folder, columns=38):
 
 def test_math_galaxies_as_kaggle_ships_them(tmp_path):
     train, test = cyclic.load_galaxies(make_galaxies(tmp_path), 32)
-    assert train.x.shape == (18, 3, 32, 32) and test.y.shape == (2, 37)
+    assert train.x.shape == (18, 3, 48, 48) and test.y.shape == (2, 37)
+    args = Args(dataset="galaxies", image_size=32)
+    for training in (True, False):
+        x = cyclic.prepare(train.x, args, training)
+        assert x.shape == (18, 3, 32, 32) and (x == -1).float().mean() < 0.05  # no black corners
     assert train.y.min() >= 0 and train.y.max() <= 1
 
 
@@ -454,7 +458,9 @@ def test_bad_input(flags, sentence, tmp_path, monkeypatch):
 
 def test_bad_input_sizes_and_other_variants(tmp_path, monkeypatch):
     args = make_plankton(tmp_path)
-    with pytest.raises(SystemExit, match="--image-size 16 is too small"):
+    with pytest.raises(SystemExit, match="at most 74 for galaxies"):
+        cyclic.main(dataclasses.replace(args, dataset="galaxies", image_size=96))
+    with pytest.raises(SystemExit, match="--image-size 16 makes maps of 16 pixels"):
         cyclic.main(dataclasses.replace(args, image_size=16))
     use(monkeypatch, small("digits"))
     args = Args(**TINY | {"epochs": 1}, run_dir=str(tmp_path / "run"))
