@@ -640,8 +640,8 @@ def draw_curves(run_dir: Path) -> None:
     rows = [row.split(",") for row in Path(run_dir, "metrics.csv").read_text().splitlines()]
     tags = ["losses/loss", "eval/test_error", "eval/condition", "eval/input_condition"]
     tags = [tag for tag in tags if any(row[1] == tag for row in rows)]
-    figure, axes = plt.subplots(1, len(tags), figsize=(4.2 * len(tags), 3.2))
-    for axis, tag in zip(axes, tags):
+    figure, axes = plt.subplots(1, len(tags), figsize=(4.2 * len(tags), 3.2), squeeze=False)
+    for axis, tag in zip(axes.flat, tags):
         points = [(int(t), float(value)) for t, name, value in rows if name == tag]
         axis.semilogy(*zip(*points), ".-")
         axis.set(xlabel="updates", title=tag)

@@ -409,6 +409,9 @@ def test_learns_what_to_eat_and_goes_on_bit_for_bit(agent, tmp_path):
         ({"prior_pi": 1.0}, "--prior-pi must lie between 0 and 1"),
         ({"prior_sigma_2": 0.9}, "--prior-sigma-2 above 0 and not above the first"),
         ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
+        ({"task": "bandit", "method": "sgd"}, "--method is for --task mnist"),
+        ({"agent": "greedy"}, "--agent is for --task bandit"),
+        ({"task": "bandit", "device": "cuda"}, "runs on one core"),
         ({"evaluate": "x.pt", "task": "bandit", "bandit_data": "breast-cancer"}, "nothing to eval"),
         ({"rho_init": 1e30}, "loss is (nan|inf) in step 1 of epoch 1"),
     ],
@@ -429,6 +432,8 @@ def test_bad_input_other_method(tmp_path):
     checkpoint = str(tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match="was made with method=bbb, not with method=sgd"):
         bbb.main(dataclasses.replace(args, method="sgd", evaluate=checkpoint))
+    with pytest.raises(SystemExit, match=r"learning_rate=0\.001, not with learning_rate=0\.01"):
+        bbb.main(dataclasses.replace(args, learning_rate=0.01, resume=checkpoint, run_dir=""))
     with pytest.raises(SystemExit, match="raise --epochs"):
         bbb.main(dataclasses.replace(args, resume=checkpoint, run_dir=""))
 

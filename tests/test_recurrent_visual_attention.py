@@ -388,6 +388,6 @@ def test_command_line(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "eval/error_single_path" in done.stdout and "eval/distance" in done.stdout
-    (run_dir,) = tmp_path.glob("runs/cluttered__recurrent_visual_attention__1__*")
+    (run_dir,) = tmp_path.glob("runs/cluttered_ram__recurrent_visual_attention__1__*")
     names = {path.name for path in run_dir.iterdir()}
     assert {"checkpoint.pt", "metrics.csv", "glimpses.png"} <= names
