@@ -39,6 +39,13 @@ EXPERIMENTS = [
         paper_label="paper: 11.4 after 80 M steps, human starts, large network",
         window=3,
     ),
+    Experiment(
+        folder="a3c_atari/breakout",
+        title="A3C on Breakout, small network, 2 workers x 8 games",
+        tag="charts/episodic_return",
+        y="score of a training game",
+        window=3,
+    ),
 ]
 
 
