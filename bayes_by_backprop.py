@@ -463,7 +463,7 @@ def make_prior(args: Args) -> Prior:
     return Prior(args.prior_pi, args.prior_sigma_1, sigma_2)
 
 
-def make_optimizer(weights: nn.Module, args: Args) -> torch.optim.Optimizer:
+def optimizer_of(weights: nn.Module, args: Args) -> torch.optim.Optimizer:
     if args.optimizer == "adam":
         return torch.optim.Adam(weights.parameters(), args.learning_rate, fused=True)
     return torch.optim.SGD(
@@ -580,7 +580,7 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
     weights = WeightPosterior(sizes, args.rho_init) if bayesian else PointEstimate(sizes)
     weights.to(device)
     dropout = (0.2, 0.5) if args.method == "dropout" else (0.0, 0.0)
-    optimizer, prior = make_optimizer(weights, args), make_prior(args)
+    optimizer, prior = optimizer_of(weights, args), make_prior(args)
     best = {"error": float("inf"), "epoch": 0, "net": weights.state_dict()}
     shaping = ("task", "method", "dataset", "hidden_units")
     first_epoch, seconds = 1, 0.0
@@ -688,7 +688,7 @@ def run_regression(args: Args, device: str) -> dict[str, float]:
     both = nn.ModuleDict(
         {"Bayes by Backprop": WeightPosterior(sizes, args.rho_init), "plain": PointEstimate(sizes)}
     ).to(device)
-    optimizers, prior = [make_optimizer(net, args) for net in both.values()], make_prior(args)
+    optimizers, prior = [optimizer_of(net, args) for net in both.values()], make_prior(args)
     shaping, first_epoch = ("task", "hidden_units"), 1
 
     def measure() -> dict[str, float]:
@@ -797,7 +797,7 @@ def run_bandit(args: Args) -> dict[str, float]:
     bayesian = args.agent == "bbb"
     weights = WeightPosterior(sizes, args.rho_init) if bayesian else PointEstimate(sizes)
     percent = {"bbb": 0, "greedy": 0, "greedy-1": 1, "greedy-5": 5}[args.agent]
-    optimizer, prior = make_optimizer(weights, args), make_prior(args)
+    optimizer, prior = optimizer_of(weights, args), make_prior(args)
     x, r = torch.zeros(BUFFER, sizes[0]), torch.zeros(BUFFER, 1)  # context with action, reward
     shaping = ("task", "agent", "bandit_data", "hidden_units")
     first, regret, seconds, metrics = 0, 0.0, 0.0, {}
@@ -856,7 +856,7 @@ def run_bandit(args: Args) -> dict[str, float]:
     return metrics
 
 
-def refuse(args: Args) -> None:
+def check_experiment(args: Args) -> None:
     """Combinations of flags that no run can have."""
     narrow = args.prior_sigma_2 if args.prior == "mixture" else args.prior_sigma_1
     if not 0 < args.prior_pi < 1 or not 1e-9 < narrow <= args.prior_sigma_1:
@@ -875,7 +875,7 @@ def refuse(args: Args) -> None:
 
 def main(args: Args) -> dict[str, float]:
     check(args)
-    refuse(args)
+    check_experiment(args)
     torch.manual_seed(args.seed)
     device = choose_device(args.device)
     if args.task == "bandit":

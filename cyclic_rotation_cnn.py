@@ -732,7 +732,7 @@ def draw_answers(net: nn.Module, args: Args, examples: Pictures, path: Path) -> 
     plt.close(figure)
 
 
-def refuse(args: Args) -> None:
+def check_variant(args: Args) -> None:
     """Combinations of flags that no run can have."""
     if args.variant == "roll-half" and args.dataset != "buildings":
         raise SystemExit("--variant roll-half is a network of --dataset buildings alone.")
@@ -750,7 +750,7 @@ def refuse(args: Args) -> None:
 
 def main(args: Args) -> dict[str, float]:
     check(args)
-    refuse(args)
+    check_variant(args)
     device = choose_device(args.device)
     layout = layout_of(args.dataset)
     layout = layout._replace(size=args.image_size or layout.size)

@@ -186,14 +186,10 @@ def rewhiten(net: nn.Module, x: Tensor, optimizer: torch.optim.SGD, args: Args) 
                 old.copy_(new)
 
         move(layer.V, layer.d)
-        if "momentum_buffer" in optimizer.state[layer.V]:
+        if velocity := optimizer.state[layer.V]:
             # a velocity is a displacement of (V, d), and the change of basis is linear
-            move(
-                *(
-                    p if p is None else optimizer.state[p]["momentum_buffer"]
-                    for p in (layer.V, layer.d)
-                )
-            )
+            of_d = None if layer.d is None else optimizer.state[layer.d]["momentum_buffer"]
+            move(velocity["momentum_buffer"], of_d)
         layer.U.copy_(U)
         layer.c.copy_(c)
         spectra.append(lambda_.cpu())
@@ -682,7 +678,7 @@ def tune(args: Args) -> dict[str, float]:
     return {"eval/train_loss": losses[best]}
 
 
-def refuse(args: Args) -> None:
+def check_method(args: Args) -> None:
     """Combinations of flags that no run can have."""
     whitens, normalises = args.method.startswith("prong"), args.method in ("batchnorm", "prong+")
     if args.tune and (args.resume or args.evaluate):
@@ -697,7 +693,7 @@ def refuse(args: Args) -> None:
 
 def main(args: Args) -> dict[str, float]:
     check(args)
-    refuse(args)
+    check_method(args)
     device = choose_device(args.device)
     if args.tune:
         return tune(args)

@@ -544,7 +544,7 @@ def evaluate_images(net: nn.Module, args: Args, images: Images) -> dict[str, flo
     }
 
 
-def make_net(args: Args) -> nn.Module:
+def make_model(args: Args) -> nn.Module:
     S, patch_size, num_scales, *_ = setting_of(args)
     if args.model == "conv":
         return ConvolutionalNetwork(S)
@@ -743,7 +743,7 @@ def load_images(args: Args, device: str) -> tuple[Tensor, Tensor, Images, Images
     return pool.to(device), labels[:-held_out].to(device), validation, test
 
 
-def refuse(args: Args) -> None:
+def check_task(args: Args) -> None:
     """Combinations of flags that no run can have."""
     if args.task == "catch" and args.model != "ram":
         raise SystemExit("--task catch is played by --model ram alone.")
@@ -755,10 +755,10 @@ def refuse(args: Args) -> None:
 
 def main(args: Args) -> dict[str, float]:
     check(args)
-    refuse(args)
+    check_task(args)
     torch.manual_seed(args.seed)
     device = choose_device(args.device)
-    net = make_net(args).to(device)
+    net = make_model(args).to(device)
     validation = test = None
     minibatch_losses = partial(game_losses, net, args)
     if args.task != "catch":

@@ -251,7 +251,7 @@ def width_for(budget: int, build: Callable[[int], nn.Module]) -> int:
         return min(above - 1, above, key=lambda w: abs(count_parameters(build(w)) - budget))
 
 
-def make_net(args: Args) -> TransformerNetwork:
+def make_transformer_network(args: Args) -> TransformerNetwork:
     """The network of an experiment; all of one experiment have about as many parameters."""
     addition = args.task == "addition"
     S, C, classes = (42, 2, 19) if addition else (CANVAS[args.distortion], 1, 10)
@@ -644,7 +644,7 @@ def save_film(frames: list[Tensor], path: Path) -> None:
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=120, loop=0)
 
 
-def refuse(args: Args) -> None:
+def check_transformers(args: Args) -> None:
     """Combinations of flags that no run can have."""
     if args.num_transformers > 1 and (args.task != "addition" or args.transform == "none"):
         raise SystemExit("--num-transformers above 1 is for --task addition with a --transform.")
@@ -656,7 +656,7 @@ def refuse(args: Args) -> None:
 
 def main(args: Args) -> dict[str, float]:
     check(args)
-    refuse(args)
+    check_transformers(args)
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
     load = {"mnist": partial(load_mnist, args.data_dir), "digits": load_digits}[args.dataset]
@@ -674,7 +674,7 @@ def main(args: Args) -> dict[str, float]:
         fixed = Examples(*(torch.cat(part).to(device) for part in zip(*parts)))
     digits, labels = digits.to(device), labels.to(device)
 
-    net = make_net(args).to(device)
+    net = make_transformer_network(args).to(device)
     tqdm.write(f"{count_parameters(net):,} parameters")
     localising = list(net.transformers.parameters())
     groups = [{"params": net.classifier.parameters(), "lr": args.learning_rate}]

@@ -575,7 +575,7 @@ def test_math_steps_of_two_processes_both_land():
 
 @pytest.mark.parametrize("lstm", [False, True])
 def test_learns_the_toy_game(lstm, tmp_path, monkeypatch):
-    """Ten points a game are the optimum, five are chance; the LSTM settles later."""
+    """Ten points a game are the optimum, five are chance."""
     evaluate = a3c_atari.evaluate
 
     def evaluate_a_copy(net, *rest):
@@ -584,11 +584,11 @@ def test_learns_the_toy_game(lstm, tmp_path, monkeypatch):
 
     monkeypatch.setattr(a3c_atari, "evaluate", evaluate_a_copy)
     start = time.perf_counter()
-    args = Args(**TOY, lstm=lstm, t_max=5, total_timesteps=20_000, learning_rate=1e-3)
+    args = Args(**TOY, lstm=lstm, t_max=5, total_timesteps=32_000, learning_rate=1e-3)
     args = dataclasses.replace(args, envs_per_worker=4, eval_every=8000, report_every=4000)
     args = dataclasses.replace(args, run_dir=str(tmp_path), capture_video=True, eval_episodes=20)
     metrics = a3c_atari.main(args)
-    assert metrics["eval/episodic_return"] > (8 if lstm else 9)
+    assert metrics["eval/episodic_return"] > 9.5
     assert time.perf_counter() - start < 60
     assert multiprocessing.active_children() == []
     assert len(list(tmp_path.glob("game_*.gif"))) >= 2

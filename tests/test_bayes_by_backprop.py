@@ -166,7 +166,7 @@ def test_math_the_step_descends_the_cost_by_the_batch_size():
     weights = PointEstimate((2, 3, 1))
     before = weights.w.detach().clone()
     args = Args(optimizer="sgd", learning_rate=0.1)
-    optimizer = bbb.make_optimizer(weights, args)
+    optimizer = bbb.optimizer_of(weights, args)
     kl, error = bbb.update(weights, optimizer, lambda w: w.sum(), 1.0, 5, MIXTURE, 1)
     torch.testing.assert_close(weights.w.detach(), before - 0.1 / 5)
     assert kl == 0 and error == pytest.approx(before.sum().item(), rel=1e-4)

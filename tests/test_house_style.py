@@ -14,7 +14,6 @@ import tyro
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 ROLES = {"Args", "main", "evaluate", "update", "worker", "make_env", "actor", "learner"}
-ROLES |= {"make_net", "make_optimizer", "refuse"}
 UNANNOTATED = {"writer", "T", "log", "optimizer", "save", "evaluate_now"}
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()

@@ -372,7 +372,7 @@ def test_learns_from_a_download(tmp_path, monkeypatch):
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = Args(**DIGITS)
-    state = {"net": ram.make_net(args).state_dict(), "args": dataclasses.asdict(args)}
+    state = {"net": ram.make_model(args).state_dict(), "args": dataclasses.asdict(args)}
     ram.save_checkpoint(Path("good.pt"), **state)
     Path("data/mnist").mkdir(parents=True)
     Path("data/mnist/train-images-idx3-ubyte.gz").write_bytes(b"no gzip")

@@ -153,7 +153,7 @@ def test_gradient_check_from_theta_to_output(transform):
 @each_transform
 @pytest.mark.parametrize("model", ["fcn", "cnn"])
 def test_math_a_new_transformer_changes_nothing(transform, model):
-    net = stn.make_net(Args(model=model, transform=transform))
+    net = stn.make_transformer_network(Args(model=model, transform=transform))
     x = torch.rand(4, 1, 28, 28)
     _, V, points = net(x)
     torch.testing.assert_close(V, x, atol=1e-5, rtol=1e-5)
@@ -164,7 +164,7 @@ def test_math_a_new_transformer_changes_nothing(transform, model):
 @pytest.mark.parametrize("model", ["fcn", "cnn"])
 def test_gradient_reaches_the_localisation_network_from_the_start(transform, model):
     torch.manual_seed(0)
-    net = stn.make_net(Args(model=model, transform=transform, distortion="RTS"))
+    net = stn.make_transformer_network(Args(model=model, transform=transform, distortion="RTS"))
     x, y = torch.rand(8, 1, 42, 42), torch.randint(10, (8,))
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     gradient = torch.autograd.grad(
@@ -180,7 +180,9 @@ def test_gradient_reaches_the_localisation_network_from_the_start(transform, mod
 def test_math_networks_of_an_experiment_have_equal_sizes(distortion):
     counts = {
         (model, transform): stn.count_parameters(
-            stn.make_net(Args(model=model, transform=transform, distortion=distortion))
+            stn.make_transformer_network(
+                Args(model=model, transform=transform, distortion=distortion)
+            )
         )
         for model in ("fcn", "cnn")
         for transform in ("none", *TRANSFORMS)
@@ -194,7 +196,9 @@ def test_math_networks_of_an_experiment_have_equal_sizes(distortion):
 @pytest.mark.parametrize("model", ["fcn", "cnn"])
 def test_math_addition_stacks_two_transformers(model):
     none, one, two = (
-        stn.make_net(Args(task="addition", model=model, transform=how, num_transformers=n))
+        stn.make_transformer_network(
+            Args(task="addition", model=model, transform=how, num_transformers=n)
+        )
         for how, n in (("none", 1), ("affine", 1), ("affine", 2))
     )
     logits, V, points = two(torch.rand(3, 2, 42, 42))
@@ -206,7 +210,7 @@ def test_math_addition_stacks_two_transformers(model):
 
 
 def test_math_the_classifier_sees_the_transformed_image_halved_by_the_mean():
-    net = stn.make_net(Args(distortion="RTS", transform="affine"))
+    net = stn.make_transformer_network(Args(distortion="RTS", transform="affine"))
     x = torch.rand(2, 1, 42, 42)
     seen = []
     net.classifier.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -426,15 +430,15 @@ def test_bad_input(flags, sentence, tmp_path, monkeypatch):
 
 
 def test_bad_input_a_transformer_that_left_the_image(tmp_path, monkeypatch):
-    make_net = stn.make_net
+    make_transformer_network = stn.make_transformer_network
 
     def lost(args):
-        net = make_net(args)
+        net = make_transformer_network(args)
         with torch.no_grad():
             net.transformers[0].regression.bias[2] = 9.0
         return net
 
-    monkeypatch.setattr(stn, "make_net", lost)
+    monkeypatch.setattr(stn, "make_transformer_network", lost)
     with pytest.raises(SystemExit, match="has left the image before update 10"):
         stn.main(Args(**TINY, run_dir=str(tmp_path)))
 
