@@ -16,7 +16,7 @@ Departures: ours (the paper's)
       has 0.1, because the noise enters three times (not told)
     bandit: the mean of a Gaussian of deviation 1 is learned by Adam, 1e-3; an unfilled buffer
       counts as a full one, its interactions repeated (not told)
-    chosen by the validation error of the mean weights, pruned as chosen (pruned at the end)
+    chosen by the validation error of the mean weights (by which is not told)
 
 Symbols: w weights and biases as one vector, q(w) = N(mu, sigma^2) with sigma = log(1 + e^rho) their
 posterior, P(w) their prior, eps unit noise, M minibatches of an epoch, pi_i share of the KL in the
@@ -24,9 +24,11 @@ i-th. Shapes: W weights, B examples, S samples of w.
 """
 
 import csv
+import ctypes
 import gzip
 import hashlib
 import math
+import sys
 import time
 import urllib.request
 import zlib
@@ -104,12 +106,10 @@ class Prior(NamedTuple):
         return w.square().mul_(slope).add_(at_0)
 
     def log_density(self, w: Tensor) -> Tensor:
-        """log P(w_j) of each weight; the narrow part underflows far from 0, its logarithm not."""
-        parts = (
-            math.log(weight / sigma) - math.log(2 * math.pi) / 2 - 0.5 * (w / sigma).square()
-            for weight, sigma in ((self.pi, self.sigma_1), (1 - self.pi, self.sigma_2))
-        )
-        return torch.logaddexp(*parts)
+        """log P(w_j) of each weight: log(a + b) = log a + log(1 + b / a), never the log of 0."""
+        log_a = math.log(self.pi / self.sigma_1) - math.log(2 * math.pi) / 2  # a at w = 0
+        log_1_b_a = F.softplus(self.log_odds(w).neg_())
+        return log_1_b_a.addcmul_(w, w, value=-0.5 / self.sigma_1**2).add_(log_a)
 
     def score(self, w: Tensor) -> Tensor:
         """d log P(w_j) / d w_j, the parts weighed by their responsibilities."""
@@ -120,14 +120,15 @@ class Prior(NamedTuple):
 
 def log_q(eps: Tensor, sigma: Tensor) -> Tensor:
     """log q(w_j) of w = mu + sigma eps."""
-    return -0.5 * eps.square() - sigma.log() - math.log(2 * math.pi) / 2
+    return eps.square().mul_(-0.5).sub_(sigma.log()).sub_(math.log(2 * math.pi) / 2)
 
 
 class SampledWeights(torch.autograd.Function):
     """w = mu + sigma eps and its log q(w) - log P(w), with the gradients of section 3.2 by hand.
 
     In w's own gradient -eps / sigma of log q meets +eps / sigma of its mean and is gone; what
-    remains of log q is -1 / sigma, in the gradient of rho.
+    remains of log q is -1 / sigma, in the gradient of rho. In place: W is in the millions, and
+    fresh memory costs more than the arithmetic.
     """
 
     @staticmethod
@@ -136,13 +137,13 @@ class SampledWeights(torch.autograd.Function):
         w = torch.addcmul(mu, sigma, eps)
         ctx.prior = prior
         ctx.save_for_backward(w, rho, sigma, eps)
-        return w, (log_q(eps, sigma) - prior.log_density(w)).sum()
+        return w, log_q(eps, sigma).sub_(prior.log_density(w)).sum()
 
     @staticmethod
     def backward(ctx, d_w: Tensor, d_kl: Tensor):
         w, rho, sigma, eps = ctx.saved_tensors
-        d_mu = d_w - d_kl * ctx.prior.score(w)
-        d_rho = (d_mu * eps - d_kl / sigma) * rho.sigmoid()
+        d_mu = ctx.prior.score(w).mul_(-d_kl).add_(d_w)
+        d_rho = (d_mu * eps).sub_(sigma.reciprocal().mul_(d_kl)).mul_(rho.sigmoid())
         return d_mu, d_rho, None, None
 
 
@@ -434,6 +435,14 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
     return name
 
 
+def keep_memory() -> None:
+    """Have glibc keep freed memory, which the system would otherwise clear anew in every step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # other C libraries have none
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
 
 
@@ -506,40 +515,48 @@ def error_rate(p: Tensor, y: Tensor) -> float:
 PRUNED = (0.0, 0.5, 0.75, 0.95, 0.98)  # table 2
 
 
+@torch.no_grad()
 def evaluate(
     weights: nn.Module, sizes: Sequence[int], test: tuple[Tensor, Tensor], args: Args
 ) -> dict[str, float]:
-    """Test errors in percent, of the mean weights and of networks drawn; those after pruning."""
+    """Test errors in percent: of networks drawn, their probabilities averaged, and of the mean."""
     x, y = test
-    bayesian = isinstance(weights, WeightPosterior)
-    metrics = {"eval/error_of_mean": error_rate(class_probabilities(weights, x, sizes, 0), y)}
+    metrics = {}
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        for fraction in PRUNED if bayesian else ():
-            weights.prune(fraction)
-            p = class_probabilities(weights, x, sizes, args.eval_samples)
-            metrics[f"eval/error_pruned_{100 * fraction:g}"] = error_rate(p, y)
-            p = class_probabilities(weights, x, sizes, 0)
-            metrics[f"eval/error_of_mean_pruned_{100 * fraction:g}"] = error_rate(p, y)
-        if bayesian:
-            weights.prune(0.0)
-    metrics["eval/error"] = metrics.get("eval/error_pruned_0", metrics["eval/error_of_mean"])
+        for tag, samples in (("error", args.eval_samples), ("error_of_mean", 0)):
+            p = class_probabilities(weights, x, sizes, samples)
+            metrics[f"eval/{tag}"] = error_rate(p, y)
     return metrics
 
 
-def draw_weights(weights: WeightPosterior, path: Path) -> None:
-    """Densities of the weights and of their signal to noise (figures 3 and 4)."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
-    axes[0].hist(weights.draw().cpu().numpy(), bins=200, range=(-0.2, 0.2), density=True)
-    axes[0].set(xlabel="weight, one sample", ylabel="density")
-    snr = weights.signal_to_noise().clamp(min=1e-6).log10().cpu().numpy()
-    axes[1].hist(snr, bins=200, range=(-4, 2), density=True)
-    for fraction in PRUNED[2:]:
-        axes[1].axvline(np.quantile(snr, fraction), color="black", lw=0.8)
-        axes[1].text(
-            np.quantile(snr, fraction), 0, f" {100 * fraction:g} %", rotation=90, fontsize=7
-        )
-    axes[1].set(xlabel="log10 |mu| / sigma", ylabel="density")
+def evaluate_pruned(
+    weights: WeightPosterior, sizes: Sequence[int], test: tuple[Tensor, Tensor], args: Args
+) -> dict[str, float]:
+    """The same errors with the given percentages of weights removed (table 2)."""
+    metrics = {}
+    for fraction in PRUNED:
+        weights.prune(fraction)
+        for tag, error in evaluate(weights, sizes, test, args).items():
+            metrics[f"{tag}_pruned_{100 * fraction:g}"] = error
+    weights.prune(0.0)
+    return metrics
+
+
+def draw_weights(weights: nn.Module, path: Path) -> None:
+    """Densities of the weights and, where there is noise, of signal to noise (figures 3 and 4)."""
+    bayesian = isinstance(weights, WeightPosterior)
+    figure, axes = plt.subplots(1, 1 + bayesian, figsize=(5 + 5 * bayesian, 3.4), squeeze=False)
+    axes[0, 0].hist(weights.draw().cpu().numpy(), bins=200, range=(-0.2, 0.2), density=True)
+    axes[0, 0].set(xlabel="weight, one sample" if bayesian else "weight", ylabel="density")
+    if bayesian:
+        snr = weights.signal_to_noise().clamp(min=1e-6).log10().cpu().numpy()
+        axes[0, 1].hist(snr, bins=200, range=(-4, 2), density=True)
+        for fraction in PRUNED[2:]:
+            at = np.quantile(snr, fraction)
+            axes[0, 1].axvline(at, color="black", lw=0.8)
+            axes[0, 1].text(at, 0, f" {100 * fraction:g} %", rotation=90, fontsize=7)
+        axes[0, 1].set(xlabel="log10 |mu| / sigma", ylabel="density")
     figure.savefig(path, dpi=90, bbox_inches="tight")
     plt.close(figure)
 
@@ -547,12 +564,10 @@ def draw_weights(weights: WeightPosterior, path: Path) -> None:
 def draw_pruning(metrics: dict[str, float], path: Path) -> None:
     """Test error against the share of weights removed (table 2)."""
     figure, axis = plt.subplots(figsize=(5, 3.4))
-    for label, tag in (
-        ("networks drawn", "eval/error_pruned_"),
-        ("mean", "eval/error_of_mean_pruned_"),
-    ):
-        errors = [metrics[f"{tag}{100 * fraction:g}"] for fraction in PRUNED]
-        axis.plot([100 * fraction for fraction in PRUNED], errors, "o-", label=label)
+    percent = [100 * fraction for fraction in PRUNED]
+    for label, tag in (("networks drawn", "eval/error"), ("mean", "eval/error_of_mean")):
+        errors = [metrics[f"{tag}_pruned_{removed:g}"] for removed in percent]
+        axis.plot(percent, errors, "o-", label=label)
     axis.set(xlabel="weights removed, %", ylabel="test error, %", yscale="log")
     axis.legend()
     figure.savefig(path, dpi=90, bbox_inches="tight")
@@ -584,14 +599,21 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
     best = {"error": float("inf"), "epoch": 0, "net": weights.state_dict()}
     shaping = ("task", "method", "dataset", "hidden_units")
     first_epoch, seconds = 1, 0.0
-    if args.evaluate:
-        checkpoint = load_checkpoint(Path(args.evaluate), args, weights, *shaping)
-        weights.load_state_dict(checkpoint["best"]["net"])
-        metrics = evaluate(weights, sizes, (x_test, y_test), args)
+
+    def conclude(folder: Path) -> dict[str, float]:
+        """Prunes and draws the weights as they are at the end, then tests those chosen."""
+        draw_weights(weights, folder / "weights.png")
+        metrics = {}
         if bayesian:
-            draw_weights(weights, Path(args.evaluate).with_name("weights.png"))
-            draw_pruning(metrics, Path(args.evaluate).with_name("pruning.png"))
-        return metrics
+            metrics = evaluate_pruned(weights, sizes, (x_test, y_test), args)
+            draw_pruning(metrics, folder / "pruning.png")
+        weights.load_state_dict(best["net"])
+        metrics["charts/chosen_epoch"] = best["epoch"]
+        return metrics | evaluate(weights, sizes, (x_test, y_test), args)
+
+    if args.evaluate:
+        best = load_checkpoint(Path(args.evaluate), args, weights, *shaping)["best"]
+        return conclude(Path(args.evaluate).parent)
     if args.resume:
         checkpoint = load_checkpoint(Path(args.resume), args, weights, *shaping, *KEPT)
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -617,6 +639,7 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
                 terms.append(torch.stack(update(weights, optimizer, negative_log_likelihood, *how)))
                 refuse_infinity(terms[-1].sum().item(), f"in step {i} of epoch {epoch}")
             kl, error = torch.stack(terms).sum(0).tolist()
+            refuse_infinity(weights.mean().sum().item(), f"at the end of epoch {epoch}")
             seconds += time.perf_counter() - start
 
             metrics = {"losses/free_energy": kl + error, "losses/kl": kl, "losses/error": error}
@@ -635,17 +658,12 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
             state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
             save_checkpoint(Path(writer.log_dir, "checkpoint.pt"), epoch=epoch, **state)
             if epoch == args.epochs:
-                weights.load_state_dict(best["net"])
-                metrics |= evaluate(weights, sizes, (x_test, y_test), args)
-                metrics["charts/chosen_epoch"] = best["epoch"]
+                metrics |= conclude(Path(writer.log_dir))
             report(writer, epoch, metrics)
     except KeyboardInterrupt:
         raise stopped(writer.log_dir) from None
     finally:
         writer.close()
-    if bayesian:
-        draw_weights(weights, Path(writer.log_dir, "weights.png"))
-        draw_pruning(metrics, Path(writer.log_dir, "pruning.png"))
     return metrics
 
 
@@ -876,6 +894,7 @@ def check_experiment(args: Args) -> None:
 def main(args: Args) -> dict[str, float]:
     check(args)
     check_experiment(args)
+    keep_memory()
     torch.manual_seed(args.seed)
     device = choose_device(args.device)
     if args.task == "bandit":
