@@ -1,0 +1,780 @@
+"""policy_distillation.py against the public bugs of its paper's sheet.
+
+Caught here: 1e-5 added to probabilities, which floors a sharp target; log-probabilities as the
+target of KLDivLoss and a mean over actions; the temperature on the student, too; minibatches from
+the first 500 stored points alone; stacks that reach into another episode; a student of two
+convolutions; one output block for all games.
+"""
+
+import ast
+import copy
+import dataclasses
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import toy_games
+from PIL import Image
+from running import Locked, processes_of, wait_for
+from torch.distributions import Categorical, kl_divergence
+
+import policy_distillation
+from policy_distillation import STUDENTS, Args, DeepQNetwork, Game, ScreenMemory, StudentNetwork
+
+ROOT = Path(__file__).parent.parent
+SIDE, THIRD = "toy_games:Side-v0", "test_policy_distillation:Third-v0"
+
+
+class Third(toy_games.Side):
+    """Like Side with three places and three actions."""
+
+    action_space = gym.spaces.Discrete(3)
+
+    def screen(self) -> np.ndarray:
+        self.side = int(self.np_random.integers(3))
+        screen = np.zeros((84, 84), np.uint8)
+        screen[20:64, 28 * self.side : 28 * self.side + 28] = 255
+        return screen
+
+
+if "Third-v0" not in gym.registry:
+    gym.register("Third-v0", "test_policy_distillation:Third")
+
+
+def hand_made_teacher(num_actions: int) -> DeepQNetwork:
+    """Q(s, a) is the brightness of the a-th vertical band of the newest screen."""
+    net = DeepQNetwork(num_actions)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+        conv1, conv2, conv3, hidden = (layer for layer in net.trunk if hasattr(layer, "weight"))
+        conv1.weight[0, 3] = 1 / 64
+        conv2.weight[0, 0, 1, 1] = conv3.weight[0, 0, 1, 1] = 1
+        columns = hidden.weight.view(512, 64, 7, 7)  # centred at the pixels 16, 24, ..., 64
+        for j in range(7):
+            columns[(8 * j + 16) * num_actions // 84, 0, :, j] = 1 / 49
+        net.q.weight[:, :num_actions] = torch.eye(num_actions)
+    return net
+
+
+def teacher_file(path: Path, env_id: str, num_actions: int) -> str:
+    """A checkpoint as gorila_dqn.py writes it."""
+    net = hand_made_teacher(num_actions)
+    policy_distillation.save_checkpoint(path, net=net.state_dict(), args={"env_id": env_id})
+    return str(path)
+
+
+def tiny(tmp_path: Path, **flags) -> Args:
+    """Two collectors of two games, a few hundred steps."""
+    args = Args(student="net3", optimizer="adam", learning_rate=1e-3, num_collectors=2)
+    args = dataclasses.replace(args, envs_per_collector=2, memory_steps=480, round_steps=240)
+    args = dataclasses.replace(args, round_updates=30, total_rounds=2, eval_episodes=4)
+    args = dataclasses.replace(args, run_dir=str(tmp_path / "run"), device="cpu", batch_size=16)
+    return dataclasses.replace(args, **flags)
+
+
+def tiny_dqn(tmp_path: Path, **flags) -> Args:
+    args = Args(stage="teacher", env_ids=(SIDE,), total_timesteps=200, report_every=100)
+    args = dataclasses.replace(args, learning_starts=20, steps_per_update=5, dqn_memory_steps=60)
+    args = dataclasses.replace(args, target_period=30, epsilon_timesteps=100, eval_episodes=2)
+    args = dataclasses.replace(args, run_dir=str(tmp_path / "run"), device="cpu", batch_size=4)
+    return dataclasses.replace(args, **flags)
+
+
+def random_q(B: int = 7, A: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student's outputs and teacher's Q-values, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, B, A, generator=generator, dtype=torch.float64).unbind()
+
+
+def same(a, b) -> bool:
+    """Equal in every bit, whatever the nesting."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# ---- Losses -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.3, 0.01])
+def test_math_kl_is_that_of_torch_distributions(tau):
+    S, q = random_q()
+    expected = kl_divergence(Categorical(logits=q / tau), Categorical(logits=S)).mean()
+    assert policy_distillation.kl_loss(S, q, tau).item() == pytest.approx(expected.item())
+
+
+def test_math_kl_at_temperature_0_is_nll_of_the_best_action():
+    S, q = random_q()
+    expected = -np.mean([Categorical(logits=s).log_prob(t.argmax()).item() for s, t in zip(S, q)])
+    assert policy_distillation.kl_loss(S, q, 1e-6).item() == pytest.approx(expected)
+    assert policy_distillation.nll_loss(S, q).item() == pytest.approx(expected)
+
+
+def test_math_mse_sums_over_actions_and_averages_over_screens():
+    S, q = random_q()
+    expected = sum((q[i, a] - S[i, a]) ** 2 for i in range(7) for a in range(5)) / 7
+    assert policy_distillation.mse_loss(S, q).item() == pytest.approx(expected.item())
+
+
+def test_math_tiny_probabilities_are_not_floored():
+    """exp(-50) and exp(-200) are told apart by a student that has learned them, in float32."""
+    q = torch.tensor([[1.0, 0.5, -1.0]])
+    S = (q / 0.01).requires_grad_()
+    loss = policy_distillation.kl_loss(S, q, 0.01)
+    loss.backward()
+    assert abs(loss.item()) < 1e-6 and S.grad.abs().max() < 1e-6
+    far = policy_distillation.kl_loss(torch.tensor([[0.0, 80.0, 0.0]]), q, 0.01)
+    assert far.item() == pytest.approx(80)  # -log p of the best action, no less
+    assert policy_distillation.kl_loss(q, 1e4 * q, 0.01).isfinite()
+
+
+def test_gradient_of_kl_is_the_difference_of_the_policies():
+    S, q = random_q()
+    S.requires_grad_()
+    policy_distillation.kl_loss(S, q, 0.3).backward()
+    torch.testing.assert_close(S.grad, (S.softmax(-1) - (q / 0.3).softmax(-1)).detach() / 7)
+
+
+def test_math_each_flag_has_its_loss():
+    S, q = random_q()
+    for loss, expected in (
+        ("kl", policy_distillation.kl_loss(S, q, 0.2)),
+        ("nll", policy_distillation.nll_loss(S, q)),
+        ("mse", policy_distillation.mse_loss(S, q)),
+    ):
+        args = Args(loss=loss, temperature=0.2)
+        assert torch.equal(policy_distillation.distillation_loss(S, q, args), expected)
+
+
+# ---- Networks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("student", "num_actions", "count"),
+    [
+        ("same", [18], 1_693_362),
+        ("net1", [18], 427_874),
+        ("net2", [18], 113_346),
+        ("net3", [18], 61_954),
+        ("multi3", [3, 3, 6], 1_882_668),  # Freeway, Pong, Q*bert
+        ("multi10", [9, 4, 9, 3, 9, 3, 6, 18, 18, 6], 6_756_721),
+    ],
+)
+def test_math_parameter_counts_are_the_papers(student, num_actions, count):
+    net = StudentNetwork(STUDENTS[student], num_actions)
+    assert sum(p.numel() for p in net.parameters()) == count
+    s = torch.zeros(2, 84, 84, 4, dtype=torch.uint8)
+    assert [net(s, g).shape for g in range(len(num_actions))] == [(2, A) for A in num_actions]
+
+
+def test_math_teacher_has_the_papers_size_and_the_student_same_its_layers():
+    teacher, student = DeepQNetwork(18), StudentNetwork(STUDENTS["same"], [18])
+    assert sum(p.numel() for p in teacher.parameters()) == 1_693_362
+    for theirs, ours in zip(teacher.parameters(), student.parameters(), strict=True):
+        ours.data.copy_(theirs)
+    s = torch.randint(0, 256, (3, 84, 84, 4), dtype=torch.uint8)
+    torch.testing.assert_close(student(s), teacher(s))
+    net = copy.deepcopy(teacher)
+    x = s.permute(0, 3, 1, 2).float() / 255
+    torch.testing.assert_close(net.q(net.trunk(x)), teacher(s))
+
+
+def test_math_auto_is_net2_or_multi3_and_a_dqn_of_one_game_is_the_teachers_network():
+    def layers(**flags) -> tuple[type, int]:
+        num_actions = [6] * len(flags["env_ids"])
+        net = policy_distillation.make_net(Args(**flags), num_actions)
+        return type(net), net.trunk[0].out_channels
+
+    assert layers(env_ids=("a",)) == (StudentNetwork, 16)
+    assert layers(env_ids=("a", "b")) == (StudentNetwork, 32)
+    assert layers(env_ids=("a",), stage="teacher") == (DeepQNetwork, 32)
+    assert layers(env_ids=("a", "b"), stage="teacher") == (StudentNetwork, 32)
+    assert layers(env_ids=("a", "b"), stage="teacher", student="multi10")[1] == 64
+
+
+def test_gradient_outputs_of_other_games_have_none_and_stay():
+    torch.manual_seed(0)
+    net, s = StudentNetwork(STUDENTS["multi3"], [3, 6]), torch.zeros(2, 84, 84, 4).byte()
+    optimizer = policy_distillation.choose_optimizer(net, Args())
+    for game, other in ((0, 1), (1, 0)):  # the second time the first game's averages are not 0
+        before = [p.clone() for p in net.outputs[other].parameters()]
+        q = torch.randn(2, [3, 6][game])
+        loss = policy_distillation.kl_loss(policy_distillation.q_values(net, game, s), q, 0.01)
+        policy_distillation.update(optimizer, loss)
+        assert all(p.grad is None for p in net.outputs[other].parameters())
+        assert all(map(torch.equal, before, net.outputs[other].parameters()))
+        assert net.outputs[game][0].weight.grad.abs().sum() > 0
+        assert net.trunk[0].bias.grad.abs().sum() > 0
+
+
+def test_math_rmsprop_is_dqns_and_no_weight_moves_faster_than_the_maximum():
+    theta = torch.nn.Linear(1, 1, bias=False).double()
+    args = Args(learning_rate=0.02, max_learning_rate=0.5)
+    optimizer = policy_distillation.choose_optimizer(theta, args)
+    x, g, g2 = theta.weight.item(), 0.0, 0.0
+    for d in (1e-9, 0.3, -2.0, 0.1):
+        theta.weight.grad = torch.full((1, 1), d, dtype=torch.float64)
+        optimizer.step()
+        g, g2 = 0.95 * g + 0.05 * d, 0.95 * g2 + 0.05 * d * d
+        step = 0.02 * d / (math.sqrt(g2 - g * g) + 0.02 / 0.5)
+        x -= step
+        assert theta.weight.item() == pytest.approx(x, rel=1e-12) and abs(step) <= 0.5 * abs(d)
+    eps = Args().learning_rate / Args().max_learning_rate
+    assert eps == pytest.approx(math.sqrt(0.01) / 32)  # DQN's 0.01 inside the root, for a sum of 32
+
+
+def test_math_defaults_are_the_papers():
+    args = Args()
+    assert (args.loss, args.temperature, args.teacher_epsilon) == ("kl", 0.01, 0.05)
+    assert args.memory_steps == 10 * args.round_steps == 540_000
+    assert (args.round_updates, args.total_rounds, args.eval_epsilon) == (10_000, 500, 0.05)
+    assert args.round_steps == 3600 * 15 and policy_distillation.MAX_FRAMES == 30 * 60 * 60
+
+
+# ---- DQN ----------------------------------------------------------------------------------------
+
+
+def test_math_dqn_target_and_loss_are_those_of_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    q_t, q_tm1 = 3 * torch.randn(2, 50, 4, generator=generator, dtype=torch.float64)
+    r = torch.randn(50, generator=generator, dtype=torch.float64)
+    terminated = (torch.rand(50, generator=generator) < 0.3).double()
+    known = (torch.rand(50, generator=generator) < 0.8).double()
+    a = torch.randint(4, (50,), generator=generator)
+    y = policy_distillation.dqn_target(r, terminated, q_t, 0.9)
+    q_tm1.requires_grad_()
+    policy_distillation.td_loss(q_tm1, a, y, known).backward()
+    for i in range(50):
+        expected = r[i].item() + (0 if terminated[i] else 0.9 * max(q_t[i].tolist()))
+        assert y[i].item() == pytest.approx(expected)
+        error = q_tm1[i, a[i]].item() - expected
+        gradient = [0.0] * 4
+        gradient[a[i]] = known[i].item() * max(-1, min(1, error)) / 50  # the clipped error
+        assert q_tm1.grad[i].tolist() == pytest.approx(gradient)
+
+
+def test_math_exploration_falls_linearly_and_stays():
+    rates = [policy_distillation.exploration_rate(t, 0.1, 100) for t in (0, 50, 100, 1000)]
+    assert rates == pytest.approx([1, 0.55, 0.1, 0.1])
+
+
+def test_math_dqn_learner_stores_what_happened_and_learns_from_the_successor(tmp_path, monkeypatch):
+    """Clock's screen t is all t, step t earns t (clipped to 1) and the seventh ends it."""
+    args = tiny_dqn(tmp_path, env_ids=("toy_games:TruncatedClock-v0", "toy_games:Clock-v0"))
+    net = policy_distillation.make_net(args, [2, 2])
+    learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
+    learner.learn(20)  # ten steps of each game, none to learn from yet
+    for g in (0, 1):
+        memory = learner.memories[g]
+        screens = [memory.screens[0, t, 0, 0].item() for t in range(10)]
+        assert screens == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
+        a, r, terminated, truncated = memory.values[0, :10].unbind(-1)
+        assert set(a.tolist()) <= {0, 1} and (r == 1).all()
+        end = [0.0] * 6 + [1.0] + [0.0] * 3
+        assert [terminated.tolist(), truncated.tolist()] == ([[0.0] * 10, end], [end, [0.0] * 10])[
+            g
+        ]
+    seen = []
+
+    def q_values(net, g, s):
+        seen.append((net, g, s[:, 0, 0, -1].tolist()))
+        return torch.zeros(len(s), 2)
+
+    monkeypatch.setattr(policy_distillation, "q_values", q_values)
+    learner.loss(1)
+    (first, _, s_t), (second, _, s_tm1) = seen
+    assert first is learner.target_net and second is learner.net
+    assert all(after == (before + 1) % 7 for before, after in zip(s_tm1, s_t))
+
+
+def test_gradient_dqn_reaches_its_network_and_not_the_target(tmp_path):
+    args = tiny_dqn(tmp_path)
+    learner = policy_distillation.DeepQLearner(DeepQNetwork(2), args, tmp_path / "memory")
+    learner.learn(20)
+    loss, _ = learner.loss(0)
+    loss.backward()
+    assert learner.net.q.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in learner.target_net.parameters())
+
+
+def test_math_dqn_updates_when_due_game_by_game_and_renews_its_target(tmp_path, monkeypatch):
+    args = tiny_dqn(tmp_path, env_ids=(SIDE, THIRD), student="multi3", target_period=50)
+    net = policy_distillation.make_net(args, [2, 3])
+    learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
+    updates, targets = [], []
+
+    def loss(g):
+        updates.append((learner.steps, g))
+        targets.append(same(learner.target_net.state_dict(), net.state_dict()))
+        q = net(torch.zeros(1, 84, 84, 4, dtype=torch.uint8), g)
+        return q.sum(), q
+
+    monkeypatch.setattr(learner, "loss", loss)
+    metrics = learner.learn(100)
+    steps = [step for step, _ in updates]
+    assert steps == list(range(45, 101, 5))  # 20 steps of each game first, then every fifth
+    assert [g for _, g in updates] == [step // 5 % 2 for step in steps]
+    assert targets == [step in (45, 55) for step in steps]  # before the first, after the 50th step
+    assert metrics[f"charts/episodic_length/{THIRD}"] == 10
+
+
+# ---- Games and replay ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("env_id", "training", "steps"),
+    [("BreakoutNoFrameskip-v4", True, 150), ("ALE/Breakout-v5", False, 60), (SIDE, False, 7)],
+)
+def test_math_a_game_comes_back_from_its_seed_and_actions(env_id, training, steps):
+    game, rng = Game(env_id, training, seed=5), np.random.default_rng(0)
+    actions = rng.integers(game.env.action_space.n, size=steps + 10).tolist()
+    for a in actions[:steps]:
+        game.step(a)
+    again = Game(env_id, training, *game.state)
+    for a in actions[steps : steps + 2]:
+        assert (again.s == game.s).all() and again.age == game.age
+        assert again.step(a)[:3] == game.step(a)[:3]
+    assert again.state == game.state
+
+
+def test_math_a_lost_life_is_followed_by_an_episode_of_the_same_game():
+    game, ends, info = Game("BreakoutNoFrameskip-v4", True, seed=0), [], {}
+    while "episode" not in info:
+        _, terminated, _, info = game.step(1)  # FIRE serves, the paddle stands still
+        if terminated:
+            ends.append(game.age)
+    assert len(ends) == 5 and ends[:4] == [0] * 4 and ends[4] > 0
+    assert len(game.actions) > 50
+    game.begin(3)
+    assert game.state == (3, []) and game.env.unwrapped.ale.lives() == 5
+
+
+def test_math_teachers_start_after_1_to_30_no_ops():
+    game, frames = Game("PongNoFrameskip-v4", False, 0), []
+    for seed in range(15):
+        game.begin(seed)
+        frames.append(game.env.unwrapped.ale.getEpisodeFrameNumber())
+    assert min(frames) >= 1 and max(frames) <= 30 and len(set(frames)) > 8
+
+
+def test_math_memory_rebuilds_the_stacks_of_a_list_of_episodes(tmp_path):
+    """Two lanes of episodes of random lengths, three times round the ring."""
+    rng = np.random.default_rng(0)
+    memory = ScreenMemory(tmp_path / "memory", lanes=3, capacity=20, spare=4, width=2)
+    reader = ScreenMemory(tmp_path / "memory", lanes=3, capacity=20, spare=4, width=2)
+    episodes = [[[]], [[]]]  # of each lane, each a list of screens
+    lengths = [2, 5]
+    history = [[], []]  # the true stack at every step
+    for t in range(81):
+        stacks, ages = [], []
+        for lane in (0, 1):
+            if len(episodes[lane][-1]) == lengths[lane]:
+                episodes[lane].append([])
+                lengths[lane] = int(rng.integers(1, 9))
+            episode = episodes[lane][-1]
+            ages.append(len(episode))
+            episode.append(rng.integers(256, size=(84, 84), dtype=np.uint8))
+            padded = [episode[0]] * 3 + episode
+            stacks.append(np.stack(padded[-4:], axis=-1))
+            history[lane].append(stacks[-1])
+        values = torch.tensor([[t, 0.0], [t, 1.0]])
+        memory.write(slice(1, 3), t, torch.from_numpy(np.stack(stacks)), ages, values)
+        if t in (3, 25, 80):
+            for lane in (0, 1):
+                steps = torch.arange(max(0, t + 1 - 20), t + 1)
+                lanes = torch.full_like(steps, lane + 1)
+                rebuilt = reader.stacks(lanes, steps).numpy()
+                for i, step in enumerate(steps.tolist()):
+                    assert (rebuilt[i] == history[lane][step]).all()
+                assert reader.values_at(lanes, steps)[:, 0].tolist() == steps.tolist()
+                assert (reader.values_at(lanes, steps)[:, 1] == lane).all()
+    assert memory.slots == 27 and (memory.screens[0] == 0).all()
+
+
+def test_math_memory_samples_all_that_it_holds_and_nothing_else(tmp_path):
+    memory = ScreenMemory(tmp_path / "memory", lanes=2, capacity=10, spare=0, width=1)
+    lane, t = memory.sample(1000, end=4)
+    assert set(lane.tolist()) == {0, 1} and set(t.tolist()) == {0, 1, 2, 3}
+    _, t = memory.sample(1000, end=25)
+    assert set(t.tolist()) == set(range(15, 25))
+    assert abs(t.float().mean().item() - 19.5) < 0.5
+
+
+def test_math_memory_per_step_is_one_screen_and_the_estimate_counts_it(tmp_path, capsys):
+    memory = ScreenMemory(tmp_path / "memory", lanes=1, capacity=1000, spare=0, width=6)
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert size == 1003 * (84 * 84 + 1 + 4 * 6) and memory.screens.nbytes == 1003 * 84 * 84
+    policy_distillation.check_memory(Args(), [6])  # 540,000 screens
+    assert "take up to 3.82 GB" in capsys.readouterr().out
+    policy_distillation.check_memory(Args(stage="teacher", dqn_memory_steps=10**6), [6])
+    assert "take up to 7.07 GB" in capsys.readouterr().out
+
+
+def test_math_demonstrations_explore_with_epsilon_and_keep_the_teachers_q(tmp_path):
+    teacher = hand_made_teacher(2)
+    games = [Game(SIDE, False, seed) for seed in range(20)]
+    wrong, kept = [], []
+    T, generator = Locked(5), torch.Generator().manual_seed(0)
+
+    def write(t, s, ages, q):
+        kept.append(t)
+        assert not q.requires_grad and torch.equal(q, teacher(s).detach())
+        assert ages == [t % 10] * 20  # ten steps a game
+        wrong.append(
+            sum(a.side != b for a, b in zip((g.env.unwrapped for g in games), q.argmax(1)))
+        )
+
+    returns = policy_distillation.demonstrate(games, teacher, write, range(100), 0.05, generator, T)
+    assert kept == list(range(100)) and T.value == 5 + 20 * 100 and sum(wrong) == 0
+    assert len(returns) == 200  # an exploring action is one of both: 2.5 % go wrong
+    assert 10 - np.mean(returns) == pytest.approx(0.25, abs=0.1)
+    assert len({game.seed for game in games}) == 20
+    assert all(p.grad is None for p in teacher.parameters())
+    greedy = policy_distillation.demonstrate(
+        games, teacher, write, range(100, 110), 0.0, generator, T
+    )
+    assert greedy == [10] * 20
+
+
+# ---- Evaluation ---------------------------------------------------------------------------------
+
+
+def test_math_evaluation_is_the_same_for_all_and_leaves_the_random_numbers_alone(monkeypatch):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    args = Args(env_ids=(SIDE,), eval_episodes=30)
+    begun = []
+    begin = Game.begin
+    monkeypatch.setattr(Game, "begin", lambda game, seed: (begun.append(seed), begin(game, seed)))
+    teacher = hand_made_teacher(2)
+    (score,) = policy_distillation.teacher_returns([teacher], args)
+    student = StudentNetwork(STUDENTS["same"], [2])
+    for theirs, ours in zip(teacher.parameters(), student.parameters(), strict=True):
+        ours.data.copy_(theirs)
+    metrics = policy_distillation.evaluate_games(student, args)
+    assert metrics["eval/episodic_return"] == score and metrics["eval/episodic_length"] == 10
+    assert 9.5 < score < 10  # 5 % exploration
+    assert begun[:30] == begun[30:] and len(set(begun)) == 30
+    blind = dataclasses.replace(args, eval_epsilon=1.0)
+    assert 4 < policy_distillation.teacher_returns([teacher], blind)[0] < 6
+    torch.manual_seed(3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_math_ratios_and_their_geometric_mean(capsys):
+    args = Args(env_ids=("a", "b"))
+    student = {"eval/episodic_return/a": 6.0, "eval/episodic_return/b": 30.0}
+    metrics = policy_distillation.compare(student, [4.0, 10.0], args)
+    assert metrics["eval/percent_of_teacher/a"] == 150 and metrics["eval/teacher_return/b"] == 10
+    assert metrics["eval/percent_of_teacher/b"] == 300
+    assert metrics["eval/geometric_mean"] == pytest.approx(100 * math.sqrt(1.5 * 3))
+    assert capsys.readouterr().out == ""
+    paper = [87.1, 105.6, 142.5, 103.5, 102.5, 100.6, 129.6, 109.3, 142.7, 78.6]  # table B1, net1
+    assert policy_distillation.geometric_mean(paper) == pytest.approx(108.3, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "percent"), [(-2.0, 4.0, -50.0), (0.0, 4.0, 0.0), (-9.0, -3.0, None)]
+)
+def test_math_no_geometric_mean_of_scores_that_are_not_above_0(student, teacher, percent, capsys):
+    args = Args(env_ids=("a", "b"))
+    scores = {"eval/episodic_return/a": student, "eval/episodic_return/b": 30.0}
+    metrics = policy_distillation.compare(scores, [teacher, 10.0], args)
+    assert "eval/geometric_mean" not in metrics
+    assert metrics.get("eval/percent_of_teacher/a") == percent
+    assert metrics["eval/percent_of_teacher/b"] == 300
+    told = capsys.readouterr().out
+    assert "No geometric mean" in told and f"a (student {student:.4g}, teacher" in told
+
+
+# ---- Runs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["kl", "nll", "mse"])
+def test_learns_each_loss_from_memory(loss, tmp_path):
+    """Without processes: a memory of the hand-made teacher's, then updates."""
+    torch.manual_seed(0)
+    args = tiny(tmp_path, env_ids=(SIDE,), loss=loss, round_updates=60)
+    memory = ScreenMemory(tmp_path / "memory", lanes=4, capacity=30, spare=0, width=2)
+    games, T = [Game(SIDE, False, seed) for seed in range(4)], Locked(0)
+    write = lambda *step: memory.write(slice(0, 4), *step)  # noqa: E731
+    generator = torch.Generator().manual_seed(0)
+    teacher = hand_made_teacher(2)
+    policy_distillation.demonstrate(games, teacher, write, range(30), 0.05, generator, T)
+    net = StudentNetwork(STUDENTS["net3"], [2])
+    optimizer = policy_distillation.choose_optimizer(net, args)
+    policy_distillation.learn_from_memories(net, optimizer, [memory], args, 30)
+    metrics = policy_distillation.learn_from_memories(net, optimizer, [memory], args, 30)
+    assert metrics["charts/agreement"] > 0.97 and metrics[f"losses/{loss}"] < 0.1
+    if loss == "mse":  # Q-values themselves
+        lane, t = memory.sample(50, 30)
+        S = net(memory.stacks(lane, t))
+        torch.testing.assert_close(S, memory.values_at(lane, t), atol=0.25, rtol=0)
+
+
+def command(folder: Path, *flags: str) -> subprocess.Popen:
+    line = [sys.executable, str(ROOT / "policy_distillation.py"), "--num-collectors", "1", *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, cwd=folder, env=environment, start_new_session=True, **pipes)
+
+
+def test_command_line_a_student_matches_a_hand_made_teacher(tmp_path):
+    """One game, from the shell; then --evaluate agrees, here and in protocol."""
+    teacher = teacher_file(tmp_path / "side.pt", SIDE, 2)
+    flags = "--student net3 --optimizer adam --learning-rate 1e-3 --envs-per-collector 4"
+    flags += " --memory-steps 480 --round-steps 240 --round-updates 60 --total-rounds 2"
+    run = command(tmp_path, "--teachers", teacher, *flags.split(), "--eval-episodes", "10")
+    out, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    assert "The replays take up to 0.00 GB of" in out
+    assert "The student has 60,914 parameters, 3.6 % of a teacher's." in out
+    metrics = ast.literal_eval(out.splitlines()[-1])
+    assert metrics["eval/percent_of_teacher"] > 97 and metrics["eval/geometric_mean"] > 97
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name.startswith("toy_games-Side-v0-distill__policy_distillation__1__")
+    files = {path.name for path in run_dir.iterdir()}
+    assert {"checkpoint.pt", "metrics.csv", "policies.png", "memory"} <= files
+    assert "eval/geometric_mean" in (run_dir / "metrics.csv").read_text()
+
+    path = str(run_dir / "checkpoint.pt")
+    args = tiny(tmp_path, teachers=(teacher,), evaluate=path, run_dir="", eval_episodes=10)
+    evaluated = policy_distillation.main(args)
+    assert evaluated == {tag: metrics[tag] for tag in evaluated}
+    assert "eval/teacher_return" in evaluated
+
+
+def test_learns_two_games_of_hand_made_teachers(tmp_path):
+    """Two and three actions; two collectors."""
+    games = (SIDE, 2), (THIRD, 3)
+    files = [teacher_file(tmp_path / f"{A}.pt", env_id, A) for env_id, A in games]
+    args = tiny(tmp_path, teachers=tuple(files), capture_video=True, round_updates=100)
+    metrics = policy_distillation.main(args)
+    assert metrics["eval/geometric_mean"] > 97
+    assert multiprocessing.active_children() == []
+    run_dir = tmp_path / "run"
+    checkpoint = torch.load(run_dir / "checkpoint.pt")
+    for g, (env_id, A) in enumerate(games):
+        assert metrics[f"eval/percent_of_teacher/{env_id}"] > 97
+        assert metrics[f"charts/episodic_return/{env_id}"] > 9.3  # the teacher's, while it collects
+        with Image.open(run_dir / f"{env_id.replace(':', '-')}.gif") as film:
+            assert film.size == (168, 84) and film.n_frames > 1  # side by side
+        assert same(torch.load(files[g])["net"], checkpoint["teachers"][g])  # never trained
+        memory = ScreenMemory(run_dir / "memory" / f"teacher_{g}", 4, 120, 0, A)
+        lane, t = memory.sample(50, 2 * 240 // 8)
+        assert set(lane.tolist()) == {0, 1, 2, 3}
+        q = hand_made_teacher(A)(memory.stacks(lane, t)).detach()
+        torch.testing.assert_close(q, memory.values_at(lane, t))
+
+
+def note_checkpoints(monkeypatch, folder: Path) -> list[Path]:
+    """Copies of all checkpoints that a run writes from here on."""
+    save, copies = policy_distillation.save_checkpoint, []
+
+    def save_and_copy(path, **state):
+        save(path, **state)
+        copies.append(folder / f"copy_{len(copies)}.pt")
+        shutil.copy(path, copies[-1])
+
+    monkeypatch.setattr(policy_distillation, "save_checkpoint", save_and_copy)
+    return copies
+
+
+def assert_same_state(path: Path, other: Path) -> None:
+    """Two checkpoints that differ in the time and the flag --resume alone."""
+    first, second = (torch.load(p) for p in (path, other))
+    for state in (first, second):
+        state.pop("seconds"), state.pop("args")
+    assert same(first, second)
+
+
+def test_learns_on_bit_for_bit_after_each_half_of_a_round(tmp_path, monkeypatch):
+    """The ring wraps in the second round, which a run killed after any checkpoint repeats."""
+    teacher = teacher_file(tmp_path / "a.pt", SIDE, 2)
+    args = tiny(tmp_path, teachers=(teacher,), num_collectors=1, memory_steps=300, round_updates=4)
+    args = dataclasses.replace(args, eval_episodes=1)
+    args = dataclasses.replace(args, optimizer="rmsprop", learning_rate=2.5e-4)
+    copies = note_checkpoints(monkeypatch, tmp_path)
+    policy_distillation.main(args)
+    states = [torch.load(path) for path in copies]
+    progress = [(state["collected"], state["learned"]) for state in states]
+    assert progress == [(1, 0), (1, 1), (2, 1), (2, 2)]
+    assert not same(states[0]["net"], states[1]["net"])
+    assert same(states[1]["net"], states[2]["net"])
+    path = tmp_path / "run" / "checkpoint.pt"
+    for again in (2, 1):  # between collection and training, and before the collection
+        shutil.copy(copies[again], path)
+        policy_distillation.main(dataclasses.replace(args, run_dir="", resume=str(path)))
+        assert_same_state(path, copies[3])
+    with pytest.raises(SystemExit, match="has had 2 rounds: raise --total-rounds"):
+        policy_distillation.main(dataclasses.replace(args, run_dir="", resume=str(path)))
+
+
+def test_learns_on_bit_for_bit_with_dqn(tmp_path, monkeypatch):
+    """Multi-DQN; the ring wraps, and what a killed run wrote after its checkpoint does no harm."""
+    args = tiny_dqn(tmp_path, env_ids=(SIDE, THIRD), report_every=80, total_timesteps=240)
+    copies = note_checkpoints(monkeypatch, tmp_path)
+    policy_distillation.main(args)
+    assert [torch.load(path)["steps"] for path in copies] == [80, 160, 240]
+    path = tmp_path / "run" / "checkpoint.pt"
+    for again in (0, 1):
+        shutil.copy(copies[again], path)
+        policy_distillation.main(dataclasses.replace(args, run_dir="", resume=str(path)))
+        assert_same_state(path, copies[2])
+
+
+def test_learns_the_toy_game_as_a_teacher_and_serves_as_one(tmp_path):
+    args = tiny_dqn(tmp_path, optimizer="adam", learning_rate=1e-3, total_timesteps=600)
+    args = dataclasses.replace(args, dqn_memory_steps=600, batch_size=8, discount=0.0)
+    args = dataclasses.replace(args, epsilon_timesteps=400, eval_episodes=10, capture_video=True)
+    metrics = policy_distillation.main(args)
+    assert metrics["eval/episodic_return"] > 9
+    path = str(tmp_path / "run" / "checkpoint.pt")
+    evaluated = policy_distillation.main(dataclasses.replace(args, evaluate=path, run_dir=""))
+    assert evaluated == {tag: metrics[tag] for tag in evaluated}
+    env_id, net = policy_distillation.load_teacher(path)
+    assert env_id == SIDE and same(dict(net.state_dict()), dict(torch.load(path)["net"]))
+    with Image.open(tmp_path / "run" / "toy_games-Side-v0.gif") as film:
+        assert film.size == (84, 84)
+
+
+def test_learns_online_from_the_best_so_far(tmp_path, monkeypatch):
+    """High scores 1, then not, then 2: the student's teacher changes in the second round alone."""
+    flags = {"round_updates": 5, "memory_steps": 200, "round_steps": 100, "num_collectors": 1}
+    flags |= {"learning_starts": 20, "dqn_memory_steps": 200, "steps_per_update": 10}
+    args = tiny(tmp_path, env_ids=(SIDE,), online=True, **flags)
+    scores, asked = iter([1.0, 0.5, 2.0]), []
+
+    def teacher_returns(teachers, args):
+        asked.append(copy.deepcopy(teachers[0].state_dict()))
+        return [next(scores)]
+
+    monkeypatch.setattr(policy_distillation, "teacher_returns", teacher_returns)
+    copies = note_checkpoints(monkeypatch, tmp_path)
+    metrics = policy_distillation.main(args)
+    first, _, second, _ = (torch.load(path) for path in copies)
+    assert same(dict(first["teachers"][0]), dict(asked[0]))
+    assert not same(dict(asked[0]), dict(asked[1])) and not same(dict(asked[1]), dict(asked[2]))
+    assert same(dict(second["teachers"][0]), dict(asked[2]))
+    assert same(dict(second["learner"]["net"]), dict(asked[2]))
+    assert (first["learner"]["steps"], second["learner"]["steps"]) == (100, 200)
+    assert metrics["eval/learner_return"] == metrics["eval/teacher_return"] == 2
+    memory = ScreenMemory(tmp_path / "run" / "memory" / "teacher_0", 2, 100, 0, 2)
+    for t, teacher in ((range(50), asked[0]), (range(50, 100), asked[2])):  # who played when
+        net, t = DeepQNetwork(2), torch.tensor(t)
+        net.load_state_dict(teacher)
+        q = net(memory.stacks(torch.zeros_like(t), t)).detach()
+        torch.testing.assert_close(q, memory.values_at(torch.zeros_like(t), t))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_command_line_ctrl_c_ends_the_run_in_order(tmp_path):
+    teacher = teacher_file(tmp_path / "a.pt", SIDE, 2)
+    flags = ["--teachers", teacher, "--envs-per-collector", "2", "--eval-episodes", "2"]
+    flags += ["--memory-steps", "100", "--round-steps", "20", "--round-updates", "2"]
+    run = command(tmp_path, *flags, "--run-dir", "run")
+    wait_for((tmp_path / "run" / "checkpoint.pt").exists, 200)
+    children = processes_of(run)
+    assert children
+    os.killpg(run.pid, signal.SIGINT)  # to all, as a terminal does
+    out, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and "Traceback" not in errors
+    assert "Stopped; go on with the same flags and --resume run/checkpoint.pt" in errors
+    assert "The student has" in out
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 30)
+
+
+@pytest.mark.slow
+def test_bad_input_a_collector_that_dies_ends_the_run(tmp_path):
+    teacher = teacher_file(tmp_path / "a.pt", "toy_games:Crashing-v0", 2)
+    args = tiny(tmp_path, teachers=(teacher,), num_collectors=1, teacher_epsilon=0.0)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(torch.multiprocessing.ProcessRaisedException, match="ZeroDivisionError"),
+    ):
+        patch.setattr(policy_distillation, "teacher_returns", lambda *_: [1.0])
+        policy_distillation.main(args)
+    assert multiprocessing.active_children() == []
+
+
+def test_bad_input_a_loss_that_explodes_stops_the_run(tmp_path):
+    args = tiny_dqn(tmp_path, learning_rate=1e9, optimizer="adam", total_timesteps=2000)
+    with pytest.raises(policy_distillation.Diverged, match=r"of the DQN at step .*--learning-rate"):
+        policy_distillation.main(args)
+
+
+# ---- Bad input ----------------------------------------------------------------------------------
+
+DISTILL = {"teachers": ("side.pt",)}
+TEACHER = {"stage": "teacher", "env_ids": (SIDE,)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({}, "A student needs --teachers"),
+        (DISTILL | {"online": True}, "A student needs --teachers.*one of the two"),
+        (TEACHER | {"online": True}, "belong to --stage distill"),
+        (TEACHER | {"env_ids": ("BrekoutNoFrameskip-v4",)}, "There is no game.*Breakout"),
+        ({"online": True, "env_ids": (SIDE, THIRD)}, "--online distils a single game"),
+        (TEACHER | {"env_ids": (SIDE, SIDE)}, "Each game once, please"),
+        ({"teachers": ("side.pt", "side.pt")}, "Each game once, please"),
+        ({"teachers": ("missing.pt",)}, "missing.pt is missing, damaged or no DQN of one game"),
+        ({"teachers": ("damaged.pt",)}, "damaged.pt is missing, damaged or no DQN"),
+        ({"teachers": ("student.pt",)}, "student.pt is missing, damaged or no DQN of one game"),
+        ({"teachers": ("three.pt",)}, "three.pt plays toy_games:Side-v0 with 3 actions.*has 2"),
+        (DISTILL | {"temperature": 0.0}, "its limit at 0 is --loss nll"),
+        (DISTILL | {"teacher_epsilon": 1.5}, "must be at most 1"),
+        (DISTILL | {"max_learning_rate": 0.0}, "--max-learning-rate must be above 0"),
+        (DISTILL | {"round_steps": 3}, "--round-steps 3 must give each of 4 games side by side"),
+        (DISTILL | {"memory_steps": 100}, "no more than fits into --memory-steps 100"),
+        (DISTILL | {"memory_steps": 4 * 10**9}, "take up to 28260.00 GB.*lower --memory-steps"),
+        (TEACHER | {"dqn_memory_steps": 4 * 10**9}, "lower --memory-steps, --dqn-memory-steps"),
+        (DISTILL | {"num_collectors": 0}, "--num-collectors must lie between 1"),
+        (DISTILL | {"eval_epsilon": 1.1}, "--eval-epsilon must lie between 0 and 1"),
+        (DISTILL | {"run_dir": "used"}, "holds a run already"),
+        (DISTILL | {"run_dir": "side.pt/x"}, "cannot be made"),
+        (DISTILL | {"resume": "student.pt"}, "leave --run-dir out"),
+        (DISTILL | {"evaluate": "missing.pt"}, "missing.pt is missing, damaged or no checkpoint"),
+        (
+            DISTILL | {"evaluate": "student.pt", "student": "net1"},
+            "made with student=net3, not with student=net1",
+        ),
+        (
+            DISTILL | {"resume": "student.pt", "run_dir": "", "num_collectors": 3},
+            "made with num_collectors=2, not with num_collectors=3",
+        ),
+        (DISTILL | {"resume": "student.pt", "run_dir": ""}, "The replays beside student.pt"),
+        (TEACHER | {"evaluate": "student.pt"}, "made with stage=distill, not with stage=teacher"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = dataclasses.replace(tiny(tmp_path), run_dir="new")
+    teacher_file(Path("side.pt"), SIDE, 2)
+    teacher_file(Path("three.pt"), SIDE, 3)
+    Path("damaged.pt").write_bytes(b"PK\x03\x04 half a file")
+    net = StudentNetwork(STUDENTS["net3"], [2])
+    given = dataclasses.asdict(dataclasses.replace(args, env_ids=(SIDE,)))
+    policy_distillation.save_checkpoint(
+        Path("student.pt"), net=net.state_dict(), args=given, seconds=0
+    )
+    Path("used").mkdir()
+    Path("used/checkpoint.pt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
+        policy_distillation.main(dataclasses.replace(args, **flags))
+    assert isinstance(stop.value.code, str)  # so the exit code is 1
+    assert sorted(tmp_path.rglob("*")) == before
