@@ -1,0 +1,843 @@
+"""multi_object_attention.py against the public bugs of its paper's sheet.
+
+Caught here: a context that reaches the classifier; an upper LSTM that feeds the lower one; a sum
+in the place of what times where, and a G_loc that is dead from the start; labels after a mistake
+that still train; a reward that forgets the labels before; a baseline that trains the rest; samples
+that are not detached; ordered pairs; overlapping digits; ten read as a digit of its own; a box
+enlarged from its corner; probabilities averaged where the paper averages their logarithms.
+"""
+
+import dataclasses
+import io
+import math
+import signal
+import subprocess
+import sys
+import tarfile
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from running import ROOT
+from torch.distributions import Independent, Normal
+
+import multi_object_attention as dram
+from multi_object_attention import NO_LABEL, TERMINAL, Args, DeepRecurrentAttentionModel, Sizes
+
+h5py = pytest.importorskip("h5py")
+DIGITS = {"dataset": "digits", "device": "cpu"}
+SMALL = Sizes(
+    40, 0, 3, 11, 2, 6, 0.3, 16, False, 32
+)  # 40x40 pixels, 3 labels of 2 glimpses, unit 6
+
+
+def images(B, S=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (B, S, S), dtype=torch.uint8, generator=generator)
+
+
+def made(deep=True, context=True, sizes=SMALL):
+    torch.manual_seed(0)
+    return DeepRecurrentAttentionModel(sizes, deep, context)
+
+
+# ---- The networks -------------------------------------------------------------------------------
+
+
+def test_math_glimpses_are_those_of_slow_indexing():
+    """What the glimpse network gets: pixels around l, which counts units from the centre."""
+    net, x, got = made(), images(5), []
+    net.glimpse.register_forward_pre_hook(lambda _, inputs: got.append(inputs))
+    seen = net(x, 6, "random")
+    for n, (patches, l) in enumerate(got):
+        assert torch.equal(l, seen.l[:, n])
+        for b in range(5):
+            column, row = ((6 * l[b]).double() + 20).round().long().tolist()
+            for k, i, j in product(range(2), range(0, 12, 5), range(0, 12, 5)):
+                block = 2**k
+                top, left = row + (i - 6) * block, column + (j - 6) * block
+                total = sum(
+                    x[b, r, c].item()
+                    for r, c in product(range(top, top + block), range(left, left + block))
+                    if 0 <= r < 40 and 0 <= c < 40
+                )
+                assert patches[b, k, i, j].item() == pytest.approx(total / (255 * 4**k), abs=1e-6)
+    assert seen.l.abs().max() <= 40 / 2 / 6 and seen.l.abs().max() > 3  # the whole image
+
+
+def test_math_glimpse_network_multiplies_and_ram_adds():
+    x, l = torch.rand(5, 2, 12, 12), torch.randn(5, 2)
+    for deep in (True, False):
+        glimpse = made(deep).glimpse
+        a, b = glimpse.what[1], glimpse.where[0]
+        what = (x.flatten(1) @ a.weight.T + a.bias).relu()
+        where = (l @ b.weight.T + b.bias).relu()
+        torch.testing.assert_close(glimpse(x, l), what * where if deep else what + where)
+    alive = made().glimpse.where(torch.randn(500, 2)) > 0
+    assert alive.float().mean() > 0.8  # else the product would be 0
+
+
+def test_math_sizes_are_the_papers():
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    for task in ("pairs", "svhn"):
+        sizes = Sizes(*dram.SIZES[task])
+        with torch.device("meta"):
+            net = DeepRecurrentAttentionModel(sizes)
+        w = sizes.width
+        what = 2 * 144 * w + w
+        if task == "svhn":
+            what = (2 * 25 + 1) * 64 + (64 * 9 + 1) * 64 + (64 * 9 + 1) * 128
+            what += (128 * 4 * 4 + 1) * w  # 12 - 4 - 2 - 2 = 4
+        assert count(net.glimpse) == what + 3 * w
+        assert count(net.lstm1) == 4 * 512 * (w + 512 + 2)
+        assert count(net.lstm2) == 4 * 512 * (512 + 512 + 2)
+        assert count(net.emission) == 513 * w + (w + 1) * 2
+        assert count(net.classifier) == 513 * w + (w + 1) * sizes.num_classes
+        assert net.context is not None and made(context=False).context is None
+    for size, millions in ((54, 51), (110, 169)):  # the paper's table of costs
+        with torch.device("meta"):
+            net = dram.ConvNet(Sizes(*dram.SIZES["svhn"])._replace(S=size))
+            assert net(torch.zeros(2, size, size)).shape == (2, 6, 11)
+        assert round(count(net) / 1e6) == pytest.approx(millions, abs=1)
+    addition = dram.ConvNet(Sizes(*dram.SIZES["addition"]))
+    assert [m.out_channels for m in addition.modules() if isinstance(m, torch.nn.Conv2d)] == [
+        64,
+        64,
+        64,
+    ]
+    assert addition(images(2, 100)).shape == (2, 1, 19)
+
+
+def lstm(cell, x, state):
+    """torch's cell, written out."""
+    gates = x @ cell.weight_ih.T + cell.bias_ih + state[0] @ cell.weight_hh.T + cell.bias_hh
+    i, f, g, o = gates.chunk(4, 1)
+    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_math_reading_follows_the_recurrence(deep):
+    net, x = made(deep), images(4)
+    with torch.no_grad():
+        net.emission[2].bias[:] = torch.tensor([3.3, 0.0])  # about the border
+    seen = net(x, 5, std=0.3)
+    table, zeros = dram.integral_image(x), torch.zeros(4, 32)
+    r1, r2 = (zeros, zeros), (zeros, zeros)
+    if deep:
+        r2 = (net.context(x[:, None] / 255),) * 2
+    for n in range(5):
+        torch.testing.assert_close(seen.r2[:, n], r2[0])
+        torch.testing.assert_close(seen.mu[:, n], net.emission(r2[0]))
+        l = seen.sample[:, n].clamp(-20 / 6, 20 / 6)
+        assert torch.equal(seen.l[:, n], l)
+        r1 = lstm(net.lstm1, net.glimpse(net.retina(table, l * 6 / 20), l), r1)
+        torch.testing.assert_close(seen.r1[:, n], r1[0])
+        r2 = lstm(net.lstm2, r1[0], r2) if deep else r1
+    torch.testing.assert_close(net.logits(seen)[:, 1], net.classifier(seen.r1[:, 3]))
+
+
+def test_math_locations_are_samples_around_their_means():
+    net = made()
+    seen = net(images(1000), 4, std=0.3)
+    noise = (seen.sample - seen.mu).detach()
+    assert noise.std().item() == pytest.approx(0.3, abs=0.01) and noise.mean().abs() < 0.01
+    assert not seen.sample.requires_grad and torch.equal(net(images(3), 4).l, net(images(3), 4).l)
+
+
+@pytest.mark.parametrize("svhn", [False, True])
+def test_math_context_reaches_the_classifier_only_through_where_it_looks(svhn):
+    """At fixed places, what lies elsewhere in the image changes no logit; the start differs."""
+    sizes = SMALL._replace(convolutional=svhn)
+    net, x = made(sizes=sizes), images(3)
+    elsewhere = x.clone()
+    l = torch.zeros(3, 6, 2)
+    elsewhere[:, :8] = 255 - elsewhere[:, :8]  # glimpses at the centre cover rows 8 to 31
+    read = []
+    for picture in (x, elsewhere):
+        state = torch.zeros(3, 32), torch.zeros(3, 32)
+        for n in range(6):
+            g = net.glimpse(net.retina(dram.integral_image(picture), l[:, n]), l[:, n])
+            state = net.lstm1(g, state)
+        seen = net(picture, 6)
+        read.append((net.classifier(state[0]), seen.l[:, 0]))
+    assert torch.equal(read[0][0], read[1][0]) and not torch.equal(read[0][1], read[1][1])
+    blank = net(torch.zeros(3, 40, 40, dtype=torch.uint8), 6).l[:, 0]
+    assert torch.equal(blank, blank[:1].expand_as(blank))
+    first = made(context=False)(x, 6).l[:, 0]
+    assert torch.equal(first, first[:1].expand_as(first))
+
+
+# ---- The bound ----------------------------------------------------------------------------------
+
+
+def test_math_location_log_prob_is_that_of_a_normal():
+    sample, mu = torch.randn(4, 5, 2).double(), torch.randn(4, 5, 2).double()
+    expected = Independent(Normal(mu, 0.3), 1).log_prob(sample)
+    torch.testing.assert_close(dram.location_log_prob(sample, mu, 0.3), expected)
+
+
+def test_math_bound_has_the_gradient_that_enumeration_finds():
+    """Two glimpses, three places each, the second chosen knowing the first; all nine paths."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3,), (3, 3), (9, 4)
+    first, second, scores = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in shapes
+    )
+    paths = torch.tensor(list(product(range(3), range(3))))  # [9, 2]
+    log_pi = torch.stack(
+        [first.log_softmax(0)[paths[:, 0]], second.log_softmax(1)[paths[:, 0], paths[:, 1]]], 1
+    )
+    log_p = scores.log_softmax(1)[:, [2]]  # [9, 1], of the label
+    p_path = log_pi.sum(1).exp()
+    bound = (p_path * log_p[:, 0]).sum()
+    assert bound <= (p_path * log_p[:, 0].exp()).sum().log()  # it is one
+    expected = torch.autograd.grad(-bound, (first, second, scores), retain_graph=True)
+    b = torch.stack([torch.full((9,), 0.7), paths[:, 0] - 1.0], 1).double()  # of what came before
+    losses = dram.bound_loss(log_p, log_pi, log_p.detach(), b, 1.0)
+    found = torch.autograd.grad((p_path.detach() * losses).sum(), (first, second, scores))
+    torch.testing.assert_close(found, expected)
+
+
+def test_math_bound_weighs_the_policy_and_leaves_reward_and_baseline_alone():
+    log_p, log_pi, R, b = (torch.randn(5, n, requires_grad=True) for n in (1, 4, 4, 4))
+    dram.bound_loss(log_p, log_pi, R, b, 0.25).sum().backward()
+    assert torch.equal(log_p.grad, -torch.ones(5, 1)) and R.grad is None and b.grad is None
+    torch.testing.assert_close(log_pi.grad, -0.25 * (R - b).detach())
+
+
+def test_math_rewards_are_cumulative_and_stop_after_the_first_mistake():
+    y = torch.tensor([[1, 2, 3, TERMINAL], [1, TERMINAL, NO_LABEL, NO_LABEL], [1, 2, 3, TERMINAL]])
+    right = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    R, counts = dram.cumulative_rewards(right, y)
+    assert counts.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert R.tolist() == [[1, 1, 1, 1], [1, 2, 2, 2], [1, 2, 3, 4]]
+    R, counts = dram.cumulative_rewards(~right, y)
+    assert counts.tolist() == [[1, 0, 0, 0]] * 3 and R.tolist()[2] == [0, 0, 0, 0]
+
+
+def test_math_label_log_probs():
+    logits, y = torch.randn(2, 3, 11), torch.tensor([[4, TERMINAL, NO_LABEL], [1, 2, TERMINAL]])
+    log_p = dram.label_log_probs(logits, y)
+    for b, s in product(range(2), range(3)):
+        expected = 0.0 if y[b, s] < 0 else -F.cross_entropy(logits[b, s], y[b, s])
+        torch.testing.assert_close(log_p[b, s], torch.as_tensor(expected))
+
+
+class Recorded:
+    """In the place of a network: a reading whose every part is a leaf."""
+
+    N = 2
+
+    def __init__(self, B, L):
+        torch.manual_seed(0)
+        self.scores = torch.randn(B, L, 11, requires_grad=True)
+        self.mu = torch.randn(B, 2 * L, 2, requires_grad=True)
+        self.r2 = torch.randn(B, 2 * L, 32, requires_grad=True)
+        self.sample = self.mu.detach() + 0.3 * torch.randn(B, 2 * L, 2)
+        self.baseline = torch.nn.Linear(32, 1)
+
+    def __call__(self, x, T, policy, std, into_core):
+        return dram.Reading(None, None, self.r2, self.mu, self.sample)
+
+    def logits(self, seen):
+        return self.scores
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2, 3])
+def test_gradient_of_labels_after_a_mistake_is_zero(wrong):
+    """Nothing after label s is trained when s is wrong; s itself and its glimpses are."""
+    net = Recorded(1, 4)
+    y = net.scores.argmax(2).clone()
+    y[0, wrong] = (y[0, wrong] + 1) % 11
+    loss, parts = dram.reading_loss(net, None, y, 0.3, Args())
+    loss.backward()
+    assert parts["charts/reward"] == wrong
+    trained = net.scores.grad[0].abs().sum(1) > 0
+    assert trained.tolist() == [s <= wrong for s in range(4)]
+    moved = net.mu.grad[0].abs().sum(1) > 0
+    assert moved.tolist() == [n // 2 <= wrong for n in range(8)]
+
+
+def test_gradient_of_a_reading_is_that_of_its_equations():
+    """Cross-entropy, lambda (R_s - b_n) d log pi, and the baseline's regression, by a loop."""
+    net = Recorded(6, 3)
+    y = torch.randint(0, 10, (6, 3))
+    y[:4, 0] = net.scores[:4, 0].argmax(1)
+    y[:2, 1] = net.scores[:2, 1].argmax(1)
+    y[5, 1:] = torch.tensor([TERMINAL, NO_LABEL])
+    args = Args(reinforce_weight=0.5)
+    loss, _ = dram.reading_loss(net, None, y, 0.3, args)
+    got = torch.autograd.grad(loss, (net.scores, net.mu, net.baseline.weight))
+    b = net.baseline(net.r2.detach())[..., 0]
+    expected = 0.0
+    for i in range(6):
+        R = 0
+        for s in range(3):
+            if y[i, s] == NO_LABEL:
+                break
+            right = net.scores[i, s].argmax() == y[i, s]
+            R += int(right)
+            expected = expected + F.cross_entropy(net.scores[i, s], y[i, s])
+            for n in (2 * s, 2 * s + 1):
+                log_pi = Independent(Normal(net.mu[i, n], 0.3), 1).log_prob(net.sample[i, n])
+                expected = expected - 0.5 * (R - b[i, n].detach()) * log_pi + (R - b[i, n]) ** 2
+            if not right:
+                break
+    wanted = torch.autograd.grad(expected / 6, (net.scores, net.mu, net.baseline.weight))
+    torch.testing.assert_close(got, wanted)
+    dram.reading_loss(net, None, y, 0.3, args)[0].backward()
+    assert net.r2.grad is None  # the baseline trains nothing below it
+
+
+@pytest.mark.parametrize("into_core", [True, False])
+@pytest.mark.parametrize("deep", [True, False])
+def test_gradient_routes(deep, into_core):
+    """Classification trains what sees, the policy gradient what chooses, the baseline itself."""
+    net, x = made(deep), images(6)
+    seen = net(x, 6, std=0.3, reinforce_into_core=into_core)
+    y = net.logits(seen).argmax(2)
+    R, b = torch.rand(6, 6), net.baseline(seen.r2.detach()).squeeze(2)
+    log_pi = dram.location_log_prob(seen.sample, seen.mu, 0.3)
+    nothing = torch.zeros(6, 1)
+    parts = {
+        "class": -dram.label_log_probs(net.logits(seen), y).sum(),
+        "policy": dram.bound_loss(nothing, log_pi, R, b, 1.0).sum(),
+        "baseline": dram.regression_loss(R, b).sum(),
+    }
+    reached = {}
+    for name, loss in parts.items():
+        parameters = dict(net.named_parameters())
+        gradients = torch.autograd.grad(
+            loss, list(parameters.values()), retain_graph=True, allow_unused=True
+        )
+        reached[name] = {
+            parameter.split(".")[0]
+            for parameter, gradient in zip(parameters, gradients)
+            if gradient is not None and gradient.abs().sum() > 0
+        }
+    assert reached["class"] == {"glimpse", "lstm1", "classifier"}
+    chooses = {"emission"} | ({"lstm2", "context"} if deep else set())
+    assert reached["policy"] == chooses | ({"glimpse", "lstm1"} if into_core else set())
+    assert reached["baseline"] == {"baseline"}
+
+
+def test_math_minibatch_repeats_images_for_each_path_and_sums_directions(monkeypatch):
+    args = Args(task="svhn", forward_backward=True, training_paths=3)
+    calls = []
+
+    def record(net, x, y, std, args):
+        calls.append((net, x, y, std))
+        return torch.tensor(2.0), {}
+
+    monkeypatch.setattr(dram, "reading_loss", record)
+    x, y = images(2), torch.tensor([[1, 2, 3, TERMINAL], [7, 8, TERMINAL, NO_LABEL]])
+    loss, _ = dram.minibatch_loss(["forward", "backward"], args, x, y)
+    assert loss == 4 and [net for net, *_ in calls] == ["forward", "backward"]
+    assert torch.equal(calls[0][1], x[[0, 0, 0, 1, 1, 1]])
+    assert torch.equal(calls[0][2], y[[0, 0, 0, 1, 1, 1]])
+    assert calls[1][2][::3].tolist() == [[3, 2, 1, TERMINAL], [8, 7, TERMINAL, NO_LABEL]]
+    assert calls[0][3] == pytest.approx(math.sqrt(0.03))  # svhn: a variance, else a deviation
+    assert dram.sizes_of(Args(task="pairs")).location_std == 0.03
+
+
+# ---- Two directions, several paths --------------------------------------------------------------
+
+
+def saying(*digits, L=6):
+    """log p [1, L, 11] that is sure of these digits and then of the end."""
+    scores = torch.full((1, L, 11), -5.0)
+    for s, digit in enumerate((list(digits) + [TERMINAL] * L)[:L]):
+        scores[0, s, digit] = 5.0
+    return scores.log_softmax(2)
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "expected"),
+    [
+        ((1, 2, 3), (3, 2, 1), [1, 2, 3]),
+        ((1, 2, 3, 9), (3, 2, 1), [1, 2, 3]),  # forward read a digit too many, at its end
+        ((1, 2, 3), (3, 2, 1, 9), [1, 2, 3]),  # backward did, at the number's begin
+        ((), (3, 2), []),
+        ((1, 2, 3, 4, 5), (5, 4, 3, 2, 1), [1, 2, 3, 4, 5]),
+    ],
+)
+def test_math_directions_are_combined_on_the_shorter_length(forward, backward, expected):
+    answer = dram.combine(saying(*forward), saying(*backward))[0].tolist()
+    assert answer == expected + [TERMINAL] * (6 - len(expected))
+
+
+def test_math_directions_add_their_log_probabilities():
+    forward, backward = saying(1, 2), saying(2, 1)
+    forward[0, 0, 4] = forward[0, 0, 1] + 0.3  # a slight error at the first digit,
+    assert dram.combine(forward, backward)[0, 0] == 1  # which the other direction corrects,
+    backward[0, 1] = forward[0, 0]  # unless it makes the same one
+    assert dram.combine(forward, backward)[0, :3].tolist() == [4, 2, TERMINAL]
+
+
+def test_math_numbers_without_an_end_have_the_longest_length():
+    assert dram.number_length(saying(1, 2, 3, 4, 5, 6)).tolist() == [5]
+    assert dram.number_length(saying(1, 2)).tolist() == [2]
+
+
+def test_math_averages_of_log_probabilities_and_of_probabilities():
+    p = torch.tensor([[0.9, 0.1], [0.02, 0.98], [0.6, 0.4]]).double()
+    logs, probabilities = (
+        dram.averaged(p.log(), average) for average in ("log-probabilities", "probabilities")
+    )
+    torch.testing.assert_close(logs.exp(), p.prod(0) ** (1 / 3))
+    torch.testing.assert_close(probabilities.exp(), p.mean(0))
+    assert logs.argmax() == 1 and probabilities.argmax() == 0
+
+
+def test_math_answer_averages_sampled_paths(monkeypatch):
+    """Three sampled paths, or one along the means; of two directions, both."""
+    args = Args(task="svhn", **DIGITS)
+    monkeypatch.setitem(dram.SIZES, "svhn", (40, 0, 3, 11, 2, 6, 0.3, 16, True, 32))
+    torch.manual_seed(0)
+    nets = dram.make_networks(dataclasses.replace(args, forward_backward=True))
+    assert nets[0].glimpse is nets[1].glimpse and nets[0].lstm1 is not nets[1].lstm1
+    x, log_p = images(5, 54), []
+    with torch.no_grad():
+        torch.manual_seed(3)
+        for net in nets:
+            paths = [net.logits(net(x, 6, std=0.3)).log_softmax(2) for _ in range(3)]
+            log_p.append(sum(paths) / 3)
+        torch.manual_seed(3)
+        found = dram.answer(nets[:1], args, x, 3)
+        assert torch.equal(found, log_p[0].argmax(2))
+        torch.manual_seed(3)
+        both = dram.answer(nets, dataclasses.replace(args, forward_backward=True), x, 3)
+        assert torch.equal(both, dram.combine(*log_p))
+        along_means = net.logits(nets[0](x, 6))
+        assert torch.equal(
+            dram.answer(nets[:1], args, x, 0), nets[0].logits(nets[0](x, 6)).argmax(2)
+        )
+        assert along_means.shape == (5, 3, 11)
+
+
+def test_math_a_number_is_wrong_if_any_digit_is():
+    y = torch.tensor([[1, 2, TERMINAL], [1, TERMINAL, NO_LABEL], [1, TERMINAL, NO_LABEL]])
+    answers = torch.tensor([[1, 2, 3], [1, TERMINAL, 7], [2, TERMINAL, 7]])
+    assert dram.num_wrong(answers, y) == 2
+
+
+def test_math_focus_cuts_around_the_glimpses():
+    net, x = made(), images(4, 110)
+    l = torch.tensor(
+        [[[0.0, 0.0], [2.0, -1.0]], [[-9, -9], [-9, -9]], [[9, 0], [9, 0]], [[0, 0]] * 2]
+    )
+    net.forward = lambda x, T: dram.Reading(None, l, None, None, None)
+    parts = dram.focused(net, x, 2)
+    for part, image, (column, row) in zip(parts, x, ((34, 25), (0, 0), (56, 28), (28, 28))):
+        assert torch.equal(part, image[row : row + 54, column : column + 54])
+
+
+# ---- Scenes -------------------------------------------------------------------------------------
+
+
+def test_math_pairs_are_unordered_and_there_are_55():
+    a, b = (t.flatten() for t in torch.meshgrid(torch.arange(10), torch.arange(10), indexing="ij"))
+    classes = dram.pair_class(a, b)
+    assert torch.equal(classes, dram.pair_class(b, a))
+    assert sorted(set(classes.tolist())) == list(range(55))
+    names = dram.class_names("pairs")
+    assert [names[c] for c in classes] == [f"{min(i, j)}{max(i, j)}" for i, j in zip(a, b)]
+
+
+def test_math_sums_are_distributed_as_computed():
+    digits, labels = torch.zeros(10, 28, 28, dtype=torch.uint8), torch.arange(10)
+    torch.manual_seed(0)
+    chosen = torch.randint(10, (3000, 2))
+    _, y = dram.make_scenes("addition", digits, labels, chosen, digits)
+    assert torch.equal(y[:, 0], chosen.sum(1))
+    expected = 3000 * (10 - (torch.arange(19) - 9).abs()) / 100
+    counts = torch.bincount(y[:, 0], minlength=19)
+    assert ((counts - expected).square() / expected).sum() < 42.3  # chi-square, 18 degrees: 0.1 %
+
+
+def test_math_digits_lie_apart_and_every_such_place_is_as_likely():
+    corners = dram.places_apart(30_000, 5, 2, "cpu", torch.Generator().manual_seed(0))
+    possible = [
+        (a, b, c, d)
+        for a, b, c, d in product(range(4), repeat=4)
+        if not (abs(a - c) < 2 and abs(b - d) < 2)
+    ]
+    found = [tuple(row) for row in corners.flatten(1).tolist()]
+    assert set(found) == set(possible)
+    counts = torch.tensor([found.count(place) for place in possible[::5]])
+    mean = 30_000 / len(possible)
+    assert (counts - mean).abs().max() < 4.5 * math.sqrt(mean)
+
+
+def test_math_scenes_hold_both_digits_and_pairs_have_clutter():
+    digits = torch.full((4, 28, 28), 200, dtype=torch.uint8) + torch.arange(4).byte()[:, None, None]
+    pool = torch.full((3, 28, 28), 100, dtype=torch.uint8)
+    chosen, labels = torch.tensor([[0, 1], [2, 3]] * 50), torch.tensor([5, 3, 9, 0])
+    generator = torch.Generator().manual_seed(0)
+    x, y = dram.make_scenes("addition", digits, labels, chosen, pool, generator)
+    assert x.shape == (100, 100, 100) and x.dtype == torch.uint8
+    for i in range(100):
+        for which in chosen[i]:
+            rows, columns = (x[i] == 200 + which).nonzero().unbind(1)
+            assert len(rows) == 28 * 28
+            assert rows.max() - rows.min() == columns.max() - columns.min() == 27
+    x, y = dram.make_scenes("pairs", digits, labels, chosen, pool, generator)
+    assert y[0] == dram.pair_class(torch.tensor(3), torch.tensor(5)) and y.shape == (100, 1)
+    cluttered = (x == 100).flatten(1).sum(1)
+    assert (x == 255).any() and (x == 200).any() and 8 * 64 >= cluttered.max() > 300
+    again = dram.make_scenes(
+        "pairs", digits, labels, chosen, pool, torch.Generator().manual_seed(1)
+    )
+    assert torch.equal(
+        again[0],
+        dram.make_scenes("pairs", digits, labels, chosen, pool, torch.Generator().manual_seed(1))[
+            0
+        ],
+    )
+
+
+def test_math_test_sets_are_frozen_and_epochs_are_not():
+    data = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        data.append(dram.load_data(Args(**DIGITS), "cpu"))
+    for part in ("validation", "test"):
+        for ours, theirs in zip(getattr(data[0], part), getattr(data[1], part)):
+            assert torch.equal(ours, theirs)
+    assert len(data[0].images) == 1250 and len(data[0].validation[0]) == 250
+    assert len(data[0].test[0]) == 297
+    first, second = (next(dram.minibatches(Args(**DIGITS), data[0])) for _ in range(2))
+    assert first[0].shape == (128, 100, 100) and not torch.equal(first[0], second[0])
+
+
+# ---- House numbers ------------------------------------------------------------------------------
+
+
+def digit_struct(numbers) -> bytes:
+    """digitStruct.mat as its publishers write it: references to everything, 10 for 0."""
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        kept = file.create_group("#refs#")
+
+        def keep(value):
+            return kept.create_dataset(str(len(kept)), data=value).ref
+
+        names, boxes = [], []
+        for name, digits, rows in numbers:
+            names.append(keep(np.array([[ord(letter)] for letter in name], np.uint16)))
+            box = kept.create_group(f"box{len(boxes)}")
+            for key, values in zip(("left", "top", "width", "height"), zip(*rows)):
+                store(box, key, values, keep)
+            store(box, "label", [digit or 10 for digit in digits], keep)
+            boxes.append(box.ref)
+        for key, references in (("name", names), ("bbox", boxes)):
+            data = np.array(references, object)[:, None]
+            file.create_dataset(f"digitStruct/{key}", data=data, dtype=h5py.ref_dtype)
+    return content.getvalue()
+
+
+def store(box, key, values, keep):
+    if len(values) == 1:
+        box.create_dataset(key, data=np.array([[float(values[0])]]))
+    else:
+        references = np.array([keep(np.array([[float(v)]])) for v in values], object)[:, None]
+        box.create_dataset(key, data=references, dtype=h5py.ref_dtype)
+
+
+def archive(path: Path, numbers, photos) -> None:
+    """A tar file in the official layout."""
+    split = path.name.removesuffix(".tar.gz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+
+        def add(name, content):
+            info = tarfile.TarInfo(f"{split}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+        for (name, *_), photo in zip(numbers, photos):
+            png = io.BytesIO()
+            Image.fromarray(photo).save(png, "PNG")
+            add(name, png.getvalue())
+        add("digitStruct.mat", digit_struct(numbers))
+        add("see_bboxes.m", b"% matlab")
+
+
+def house_numbers(n, seed):
+    """Grey levels say which digit: n made photos of 1 to 3 digits, side by side."""
+    rng = np.random.default_rng(seed)
+    numbers, photos = [], []
+    for i in range(n):
+        digits = rng.integers(0, 10, rng.integers(1, 4)).tolist()
+        photo = np.full((60, 120, 3), 128, np.uint8)
+        rows = []
+        for place, digit in enumerate(digits):
+            left = 20 + 20 * place
+            photo[15:45, left : left + 20] = 25 * digit
+            rows.append((left, 15, 20, 30))
+        numbers.append((f"{i + 1}.png", digits, rows))
+        photos.append(photo)
+    return numbers, photos
+
+
+@pytest.fixture
+def svhn(tmp_path):
+    for seed, (split, n) in enumerate((("train", 40), ("extra", 32), ("test", 12))):
+        archive(tmp_path / "svhn" / f"{split}.tar.gz", *house_numbers(n, seed))
+    return tmp_path
+
+
+def test_math_digit_struct_is_parsed():
+    rows = [(10.0, 5.0, 4.0, 9.0), (15.0, 3.0, 6.0, 9.0)]
+    numbers = [("1.png", [7], rows[:1]), ("22.png", [1, 0], rows)]
+    single, double = dram.read_digit_struct(digit_struct(numbers))
+    assert single == ("1.png", [7], (10, 5, 14, 14))
+    assert double == ("22.png", [1, 0], (10, 3, 21, 14))
+
+
+def test_math_boxes_grow_about_their_middle():
+    assert dram.enlarged((10, 20, 30, 60), 1.5) == (5, 10, 35, 70)
+    left, top, right, bottom = dram.enlarged((100, 100, 200, 150), 1.3)
+    assert (left, top, right, bottom) == (85, 92, 215, 158)
+
+
+def test_math_archives_become_crops_and_labels(svhn):
+    numbers, photos = house_numbers(12, 2)
+    path = svhn / "svhn" / "test.tar.gz"
+    x, y = dram.decode_archive(path, 64)
+    assert x.shape == (12, 64, 64) and x.dtype == torch.uint8 and y.shape == (12, 6)
+    for crop, labels, (_, digits, _), photo in zip(x, y, numbers, photos):
+        assert labels.tolist() == (digits + [TERMINAL] + [NO_LABEL] * 6)[:6]
+        width = 20 * len(digits)
+        left, right = 20 - round(0.15 * width), 20 + width + round(0.15 * width)
+        top, bottom = round(15 - 4.5), round(45 + 4.5)
+        grey = Image.fromarray(photo[..., 0]).crop((left, top, right, bottom)).resize((64, 64), 2)
+        assert np.abs(crop.numpy().astype(int) - np.array(grey).astype(int)).max() <= 1
+    wide, _ = dram.decode_archive(path, 130)  # digits keep their size, more is seen around them
+    assert (wide[0, 33:97, 33:97].float() - x[0].float()).abs().mean() < 12
+    assert (wide[:, 0] == 0).all()  # beyond the photo
+
+
+def test_math_longer_numbers_are_left_out(tmp_path):
+    numbers, photos = house_numbers(3, 0)
+    six = [(10 * i, 5, 10, 20) for i in range(6)]
+    numbers[1] = (numbers[1][0], [1, 2, 3, 4, 5, 6], six)
+    archive(tmp_path / "extra.tar.gz", numbers, photos)
+    x, y = dram.decode_archive(tmp_path / "extra.tar.gz", 64)
+    assert len(x) == 2 and y[:, 0].tolist() == [numbers[0][1][0], numbers[2][1][0]]
+
+
+def test_math_house_numbers_are_cached_split_and_jittered(svhn, monkeypatch):
+    args = Args(task="svhn", data_dir=str(svhn), batch_size=20)
+    data = dram.load_data(args, "cpu")
+    assert data.images.shape == (60, 64, 64) and len(data.validation[0]) == 12
+    assert data.test[0].shape == (12, 54, 54)
+    whole = dram.load_svhn(str(svhn), 64)
+    everything = torch.cat([whole["train"][0], whole["extra"][0]])
+    assert torch.equal(data.test[0], whole["test"][0][:, 5:59, 5:59])
+    monkeypatch.setattr(dram, "decode_archive", None)  # the cache is all that is read
+    again = dram.load_data(args, "cpu")
+    assert torch.equal(data.images, again.images)
+    kept = torch.cat([data.images[:, 5:59, 5:59], data.validation[0]]).flatten(1)
+    both = [t.sort(0).values for t in (kept.sum(1), everything[:, 5:59, 5:59].flatten(1).sum(1))]
+    assert torch.equal(*both)
+    edges = torch.arange(64, dtype=torch.uint8).expand(60, 64, 64)  # a pixel tells its column
+    for ruler in (edges, edges.transpose(1, 2)):
+        ruled = data._replace(images=ruler)
+        crops = torch.cat([x for _ in range(8) for x, _ in dram.minibatches(args, ruled)]).long()
+        assert set(crops[:, 0, 0].tolist()) == set(range(11))  # 54 of 64 pixels, borders included
+        assert torch.equal(crops.amax((1, 2)), crops[:, 0, 0] + 53)
+
+
+def test_learns_house_numbers_and_reads_them_from_both_sides(svhn, monkeypatch):
+    """Small archives in the official format: the loader, the loss, the evaluation."""
+    monkeypatch.setitem(dram.SIZES, "svhn", (54, 0, 6, 11, 1, 12, 0.2, 32, True, 32))
+    args = Args(task="svhn", data_dir=str(svhn), run_dir=str(svhn / "run"), device="cpu")
+    args = dataclasses.replace(
+        args, forward_backward=True, epochs=2, batch_size=30, optimizer="adam", learning_rate=3e-3
+    )
+    metrics = dram.main(args)
+    assert 0 <= metrics["eval/error"] <= 100 and (svhn / "run" / "reading.png").exists()
+    checkpoint = str(svhn / "run" / "checkpoint.pt")
+    wide = dataclasses.replace(args, run_dir="", evaluate=checkpoint, svhn_size=110)
+    assert dram.main(wide).keys() == dram.main(dataclasses.replace(wide, focus=True)).keys()
+    fewer = dataclasses.replace(args, run_dir="", resume=checkpoint, svhn_size=110, epochs=3)
+    assert dram.main(fewer)["charts/learning_rate"] == pytest.approx(3e-3 * 0.97**2)
+
+
+# ---- Runs ---------------------------------------------------------------------------------------
+
+
+TINY = Args(
+    **DIGITS,
+    patch_size=14,
+    num_scales=3,
+    optimizer="adam",
+    learning_rate=3e-3,
+    batch_size=16,
+    reinforce_into_core=False,
+    monte_carlo_samples=3,
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Pairs of zeros and ones, side by side on 56x56 pixels without clutter: three classes."""
+    load = dram.load_digits
+
+    def few(split):
+        images, labels = load(split)
+        return images[labels < 2], labels[labels < 2]
+
+    def side_by_side(B, *_):
+        return torch.tensor([[0, 14], [28, 14]]).repeat(B, 1, 1)
+
+    monkeypatch.setattr(dram, "load_digits", few)
+    monkeypatch.setattr(dram, "places_apart", side_by_side)
+    monkeypatch.setitem(dram.SIZES, "pairs", (56, 0, 1, 3, 4, 14, 0.3, 64, False, 64))
+
+
+def test_learns_where_to_look_from_rewards_alone():
+    """A bright square anywhere, a reward for looking at it: context and emission find it."""
+    torch.manual_seed(0)
+    net = DeepRecurrentAttentionModel(Sizes(48, 0, 1, 3, 1, 12, 0.4, 64, False, 64))
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, nesterov=True)
+    distances = []
+    for _ in range(100):
+        corner = torch.randint(48 - 12 + 1, (64, 2))
+        x = torch.zeros(64, 48, 48, dtype=torch.uint8)
+        x[dram.square(corner, 12)] = 255
+        centre = (corner + 6 - 24) / 12
+        seen = net(x, 1, std=0.4)
+        R = ((seen.l[:, 0] - centre).norm(dim=1, keepdim=True) < 0.8).float()
+        b = net.baseline(seen.r2.detach()).squeeze(2)
+        log_pi = dram.location_log_prob(seen.sample, seen.mu, 0.4)
+        loss = dram.bound_loss(torch.zeros(64, 1), log_pi, R, b, 1.0) + dram.regression_loss(R, b)
+        dram.update(optimizer, loss.mean())
+        distances.append(12 * (seen.mu[:, 0] - centre).norm(dim=1).mean().item())
+    assert np.mean(distances[:5]) > 12 and np.mean(distances[-10:]) < 7  # pixels
+
+
+def test_learns_tiny_pairs(tiny, tmp_path):
+    args = dataclasses.replace(TINY, epochs=14, run_dir=str(tmp_path / "run"))
+    metrics = dram.main(args)
+    assert metrics["losses/cross_entropy"] < 0.5  # 1.04 without looking
+    assert metrics["eval/error"] < 25  # chance: 50
+    assert (tmp_path / "run" / "reading.png").stat().st_size > 5000
+    checkpoint = str(tmp_path / "run" / "checkpoint.pt")
+    evaluated = dram.main(dataclasses.replace(args, run_dir="", evaluate=checkpoint))
+    assert evaluated == {tag: value for tag, value in metrics.items() if tag in evaluated}
+
+
+def test_learns_on_bit_for_bit_after_it_was_stopped(tiny, tmp_path):
+    args = dataclasses.replace(TINY, epochs=3, eval_every=1)
+    whole = dram.main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
+    epochs, batches = [], dram.minibatches
+
+    def interrupted(*arguments):
+        epochs.append(1)
+        if len(epochs) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return batches(*arguments)
+
+    first = dataclasses.replace(args, run_dir=str(tmp_path / "parts"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="Stopped; go on"):
+        patch.setattr(dram, "minibatches", interrupted)
+        dram.main(first)
+    parts = str(tmp_path / "parts" / "checkpoint.pt")
+    assert torch.load(parts)["epoch"] == 2
+    resumed = dram.main(dataclasses.replace(args, resume=parts))
+    clocks = ("charts/SPS", "charts/minutes")
+    assert {k: v for k, v in resumed.items() if k not in clocks} == {
+        k: v for k, v in whole.items() if k not in clocks
+    }
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"model": "ram"},
+        {"model": "conv"},
+        {"context": "none", "reinforce_into_core": True},
+        {"glimpse_policy": "random"},
+        {"training_paths": 2, "average": "probabilities", "optimizer": "sgd"},
+    ],
+    ids=str,
+)
+def test_learns_with_other_models(tiny, flags, tmp_path):
+    metrics = dram.main(dataclasses.replace(TINY, epochs=2, run_dir=str(tmp_path), **flags))
+    assert metrics["losses/cross_entropy"] < 1.3 and 0 <= metrics["eval/error"] < 80
+    assert ("eval/error_single_path" in metrics) == ("conv" not in flags.values())
+    assert (tmp_path / "reading.png").exists() == ("conv" not in flags.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"forward_backward": True}, "--forward-backward is for --task svhn"),
+        ({"task": "svhn", "focus": True}, "--focus is for --evaluate"),
+        ({"task": "svhn", "patch_size": 8}, "--patch-size must be at least 9"),
+        ({"batch_size": 0}, "--batch-size must lie between 1"),
+        ({"location_std": -1.0}, "--location-std must lie between 0"),
+        ({"evaluate": "missing.pt"}, "missing.pt is missing, damaged or no checkpoint"),
+        ({"resume": "good.pt", "context": "none"}, "made with context=coarse, not with"),
+        ({"resume": "good.pt"}, "has had 100 epochs: raise --epochs"),
+        ({"dataset": "mnist"}, "is damaged.*delete it"),
+        ({"task": "svhn"}, r"train.tar.gz is missing or damaged.*housenumbers.*into data/svhn/"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = Args(**DIGITS)
+    nets = dram.make_networks(args)
+    optimizer = torch.optim.SGD(nets.parameters(), 0.01, momentum=0.9, nesterov=True)
+    state = {"net": nets.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 100}
+    state |= {"args": dataclasses.asdict(args), "rng": torch.get_rng_state(), "seconds": 0.0}
+    dram.save_checkpoint(Path("good.pt"), **state)
+    Path("data/mnist").mkdir(parents=True)
+    Path("data/mnist/train-images-idx3-ubyte.gz").write_bytes(b"no gzip")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
+        dram.main(dataclasses.replace(args, **flags))
+    assert isinstance(stop.value.code, str) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_input_archives(svhn, monkeypatch):
+    """Not whole, not HDF5, no h5py, a damaged cache."""
+    folder = svhn / "svhn"
+    whole = (folder / "extra.tar.gz").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"no tar", b""):
+        (folder / "extra.tar.gz").write_bytes(damaged)
+        with pytest.raises(SystemExit, match=r"extra.tar.gz is missing or damaged"):
+            dram.load_svhn(str(svhn), 64)
+    numbers, photos = house_numbers(3, 0)
+    archive(folder / "extra.tar.gz", [*numbers, ("9.png", [1], [(0, 0, 5, 5)])], photos)
+    with pytest.raises(SystemExit, match="1 images are missing"):
+        dram.load_svhn(str(svhn), 64)
+    assert not list(folder.glob("decoded*"))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="pip install h5py"):
+        patch.setitem(sys.modules, "h5py", None)
+        dram.load_svhn(str(svhn), 64)
+    (folder / "decoded_64.pt").write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match=r"decoded_64.pt is damaged"):
+        dram.load_svhn(str(svhn), 64)
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, str(ROOT / "multi_object_attention.py"), "--task", "addition"]
+    command += ["--dataset", "digits", "--epochs", "1", "--monte-carlo-samples", "1"]
+    command += ["--num-glimpses", "1", "--device", "cpu"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert "eval/error_single_path" in ended.stdout
+    (run_dir,) = tmp_path.glob("runs/addition_dram__multi_object_attention__1__*")
+    names = {path.name for path in run_dir.iterdir()}
+    assert {"checkpoint.pt", "metrics.csv", "reading.png"} <= names
