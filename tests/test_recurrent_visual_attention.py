@@ -325,6 +325,28 @@ class Mnist(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def test_learns_to_look_better_than_at_random():
+    """Stripes somewhere among faint clutter: coarse patches show where, the finest which way."""
+    stripes = torch.zeros(2, 6, 6, dtype=torch.uint8)
+    stripes[0, ::2], stripes[1, :, ::2] = 255, 255
+    faint = torch.full((1, 28, 28), 40, dtype=torch.uint8)
+
+    def error_of(policy: str) -> float:
+        torch.manual_seed(1)
+        net = RecurrentAttentionModel(6, 3, 2, lstm=False)
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+        for step in range(601):
+            y = torch.randint(2, (128 if step < 600 else 4000,))
+            x, _ = ram.make_images(stripes[y], 24, 1, faint)
+            seen = ram.look(net, ram.integral_image(x), 3, policy, std=0.15)
+            loss, parts = ram.hybrid_loss(net, seen, y, 0.15, 1.0)
+            ram.update(optimizer, loss)
+        return 1 - parts["charts/reward"]
+
+    learned, random = error_of("learned"), error_of("random")
+    assert learned < 0.85 * random and random > 0.2
+
+
 def test_learns_from_a_download(tmp_path, monkeypatch):
     """From a server on this machine: four files, checked, written whole, not fetched twice."""
     contents = {}

@@ -1,0 +1,1014 @@
+"""Gorila: many actors and learners share one DQN through a sharded parameter server, on Ray.
+
+    Paper    Nair et al., "Massively parallel methods for deep reinforcement learning", arXiv 2015
+    Shows    algorithm 1: DQN distributed over processes and machines that may die (section 4)
+    Run      python gorila_dqn.py --env-id PongNoFrameskip-v4 --total-timesteps 2000000
+    Result   not yet measured
+    Run      python gorila_dqn.py --env-id PongNoFrameskip-v4 --total-timesteps 2000000
+               --num-actors 1 --num-learners 1
+    Result   not yet measured
+    Run      python gorila_dqn.py --total-timesteps 2000000
+    Result   not yet measured
+
+    Actor --steps--> ReplayMemory --minibatches--> Learner --gradients, versions--.
+      ^                                               ^                           |
+      | W+ when an episode begins,                    | W+ and its versions       |
+      | and every --pull-every steps                  | before each minibatch     v
+      '-----------------------------------------------'------- ParameterServerShard 1 ... K
+
+--replay local bundles an actor, a memory and a learner in one process, where they share one
+network; --replay global gives each a process of its own and all the same memory. At the paper's
+scale, on machines that Ray has joined (ray start; run folder on a disk that all of them see):
+    python gorila_dqn.py --ray-address auto --num-actors 100 --num-learners 100 --num-shards 31
+      --replay-capacity 100000000 --steps-per-update 1 --max-staleness 1000
+      --target-period 60000 --epsilon-updates 1000000
+
+Departures: ours (the paper's, or what is known of it)
+    as many bundles as there are cores, 1 shard (100 bundles, 31 machines for the parameters)
+    an update every 4 steps (every step); both sides wait for each other to keep that ratio
+    target network every 2,500 updates (60,000); exploration falls during 62,500 (1 million): both
+      count the updates of all learners, which are a hundredth here
+    a memory of 1 million steps shared out among the actors (1 million each), 50,000 of them before
+      the first update (none)
+    AdaGrad with learning rate 2e-3 and G = 1e-6 at the start, gradients at most 100 versions old
+      (not told); outliers 5 deviations above the mean ("several")
+    TD errors clipped to [-1, 1] as in DQN 2015 (algorithm 1 writes the plain square)
+    training episodes end with a life, no-op starts (the human starts were never published)
+
+Symbols: theta (W+) the parameters, G AdaGrad's sum of squared gradients, y target of Q, theta^-
+parameters of the target network; a version counts the gradients that a shard has applied, T steps.
+Shapes: B steps of a minibatch, A actions, K shards. A step is one decision of the agent, 4 frames
+of the emulator.
+"""
+
+import csv
+import difflib
+import math
+import os
+import queue
+import signal
+import socket
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ale_py
+import cv2
+import gymnasium as gym
+import numpy as np
+import ray
+import torch
+import torch.nn.functional as F
+import tyro
+from gymnasium.wrappers import (
+    AtariPreprocessing,
+    FrameStackObservation,
+    RecordEpisodeStatistics,
+    TransformObservation,
+)
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # The method
+    env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
+    num_actors: int = os.cpu_count() or 1  # games that are played side by side (paper: 100)
+    num_learners: int = os.cpu_count() or 1  # sources of gradients (paper: 100)
+    num_shards: int = 1  # slices of the parameters, each with its own server (paper: 31)
+    replay: Literal["local", "global"] = "local"  # a memory in each bundle, or one for all
+    replay_capacity: int = 1_000_000  # steps remembered, of all actors (paper: 1 M of each)
+    learning_starts: int = 50_000  # steps of all actors before the first update (paper: none)
+    steps_per_update: int = 4  # of the actors, for each minibatch of a learner (paper: 1)
+    pull_every: int = 100  # steps after which an actor fetches parameters within an episode
+    discount: float = 0.99  # gamma
+    target_period: int = 2_500  # updates between two target networks (paper: 60,000)
+    final_epsilon: float = 0.1  # exploration at the end of its fall from 1
+    epsilon_updates: int = 62_500  # updates until exploration has fallen (paper: 1 M)
+    max_staleness: int = 100  # versions by which a gradient may lag behind its shard
+    outlier_deviations: float = 5.0  # above the mean loss, beyond which a minibatch is discarded
+    outlier_warm_up: int = 1_000  # minibatches of a learner before it discards any
+    # Optimisation
+    total_timesteps: int = 50_000_000  # of all actors together; 200 M frames
+    batch_size: int = 32  # steps in a minibatch
+    optimizer: Literal["adagrad", "sgd"] = "adagrad"  # of the parameter server
+    learning_rate: float = 2e-3  # of the gradient of a minibatch's mean loss
+    adagrad_start: float = 1e-6  # AdaGrad's G before the first update
+    # The run
+    report_every: int = 10_000  # steps between two reports, each with a checkpoint
+    shard_save_every: int = 1_000  # updates between a shard's own checkpoints: its loss if it dies
+    patience: float = 120.0  # seconds without an answer before a process counts as lost for good
+    ray_address: str = ""  # of a Ray cluster, host:port or auto; default: Ray on this machine alone
+    object_store_mb: int = 200  # memory of Ray for what is on the wire, if it is our own Ray
+    eval_every: int = 0  # steps between two evaluations during training; 0: only at the end
+    eval_episodes: int = 30  # whole games of an evaluation
+    eval_epsilon: float = 0.05  # exploration in evaluation
+    capture_video: bool = False  # write the first game of an evaluation as a GIF
+    seed: int = 1  # of every random number; workers race, so runs still differ
+    run_dir: str = ""  # for logs, films, checkpoint.pt; default runs/GAME__SCRIPT__SEED__TIME
+    resume: str = ""  # a checkpoint.pt to continue from, in its own folder
+    evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
+
+
+# ---- The method ---------------------------------------------------------------------------------
+
+
+class DeepQNetwork(nn.Module):
+    """Q(s, .) of the Nature DQN: three convolutions, 512 hidden units (Mnih et al. 2015)."""
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            *(nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()),
+            *(nn.Conv2d(64, 64, 3, 1), nn.ReLU(), nn.Flatten()),
+            *(nn.Linear(64 * 7 * 7, 512), nn.ReLU()),
+        )
+        self.q = nn.Linear(512, num_actions)
+        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
+
+    def forward(self, s: Tensor) -> Tensor:
+        """Q [B, A] of screens s [B, 84, 84, 4], bytes."""
+        x = s.permute(0, 3, 1, 2).to(torch.float32).mul_(1 / 255)
+        return self.q(self.trunk(x))
+
+
+class Minibatch(NamedTuple):
+    """B remembered steps."""
+
+    s_tm1: Tensor  # [B, 84, 84, 4] screens, bytes
+    a_tm1: Tensor  # [B] actions
+    r_t: Tensor  # [B] rewards as the game gave them
+    terminated: Tensor  # [B] the step ended the episode: nothing follows
+    s_t: Tensor  # [B, 84, 84, 4] the screens that the step led to; of no meaning if terminated
+
+
+@torch.no_grad()
+def dqn_targets(target_net: DeepQNetwork, batch: Minibatch, discount: float) -> Tensor:
+    """y = r + gamma max_a Q(s', a; theta^-) [B], or r alone at the end (algorithm 1); r clipped."""
+    v_t = target_net(batch.s_t).amax(-1)
+    return batch.r_t.clamp(-1, 1) + discount * torch.where(batch.terminated, 0, v_t)
+
+
+def dqn_loss(q: Tensor, a: Tensor, y: Tensor) -> Tensor:
+    """Mean of (y - Q(s, a))^2 / 2 whose slope is kept within [-1, 1]; q is [B, A]."""
+    return F.smooth_l1_loss(q.gather(-1, a[:, None]).squeeze(-1), y)
+
+
+def exploration(updates: int, args: Args) -> float:
+    """epsilon: from 1 down to its final value, by updates of the parameter server."""
+    return 1 + (args.final_epsilon - 1) * min(1.0, updates / args.epsilon_updates)
+
+
+@torch.no_grad()
+def epsilon_greedy(
+    q: Tensor, epsilon: Tensor | float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Actions [K] for q [K, A]: with probability epsilon any of the A, else the best."""
+    any_action = torch.randint(q.shape[1], q.shape[:1], generator=generator)
+    explores = torch.rand(len(q), generator=generator) < epsilon
+    return torch.where(explores, any_action, q.argmax(-1))
+
+
+def adagrad(theta: np.ndarray, G: np.ndarray, g: np.ndarray, learning_rate: float) -> None:
+    """G += g^2 and theta -= learning_rate g / sqrt(G), in place (Duchi et al. 2011)."""
+    G += g * g
+    theta -= learning_rate * g / np.sqrt(G)
+
+
+class LossStatistics:
+    """Mean and deviation of a learner's absolute loss; far above them lie outliers (section 4.2).
+
+    Plain averages at first, exponential ones later: the loss jumps with every target network.
+    """
+
+    def __init__(self, deviations: float, warm_up: int, decay: float = 0.999):
+        self.deviations, self.warm_up, self.decay = deviations, warm_up, decay
+        self.count, self.mean, self.variance = 0, 0.0, 0.0
+
+    def is_outlier(self, loss: float) -> bool:
+        """Judge a loss by those before it, then count it in."""
+        limit = self.mean + self.deviations * math.sqrt(self.variance)
+        outlier = self.count >= self.warm_up and loss > limit
+        self.count += 1
+        weight = max(1 / self.count, 1 - self.decay)
+        self.variance = (1 - weight) * (self.variance + weight * (loss - self.mean) ** 2)
+        self.mean += weight * (loss - self.mean)
+        return outlier
+
+
+def write_slice(path: Path, **state) -> None:
+    """Whole or not at all, like save_checkpoint."""
+    with open(path.with_suffix(".part"), "wb") as file:
+        np.savez(file, **state)
+    path.with_suffix(".part").replace(path)
+
+
+class ParameterServerShard:
+    """A slice of theta with AdaGrad's G and a version: how many gradients it has applied.
+
+    It begins with what its own checkpoint says, be it the first process to keep this slice or the
+    successor of one that died. A file beside it counts on after the checkpoint, to tell what a
+    death has undone.
+    """
+
+    def __init__(self, path: Path, args: Args):
+        with np.load(path) as saved:
+            self.theta, self.G = saved["theta"], saved["G"]
+            self.version, self.stale, self.lost = (
+                int(saved[name]) for name in ("version", "stale", "lost")
+            )
+        self.path, self.args, count = path, args, path.with_suffix(".count")
+        self.count = np.memmap(count, np.int64, "r+" if count.exists() else "w+", shape=1)
+        if self.count[0] > self.version:
+            self.lost += int(self.count[0]) - self.version
+            write_slice(path, **self.state())
+        self.count[0] = self.version
+
+    def pull(self) -> tuple[np.ndarray, int]:
+        return self.theta, self.version
+
+    def push(self, gradient: np.ndarray, version: int) -> None:
+        """Apply a gradient that was computed from some version, unless that is too old.
+
+        A version that is yet to come is one that a crash has undone: dropped as well.
+        """
+        if not 0 <= self.version - version <= self.args.max_staleness:
+            self.stale += 1
+            return
+        if self.args.optimizer == "adagrad":
+            adagrad(self.theta, self.G, gradient, self.args.learning_rate)
+        else:
+            self.theta -= self.args.learning_rate * gradient
+        self.version += 1
+        self.count[0] = self.version
+        if self.version % self.args.shard_save_every == 0:
+            write_slice(self.path, **self.state())
+
+    def state(self) -> dict[str, Any]:
+        counts = {"version": self.version, "stale": self.stale, "lost": self.lost}
+        return {"theta": self.theta, "G": self.G, "pid": os.getpid()} | counts
+
+
+def here(answer: Any) -> Any:
+    """How to wait for the answer of a component of the same process: it is there already."""
+    return answer
+
+
+class ParameterServer:
+    """All shards as one: theta is their slices, end to end. wait gets what a call returns."""
+
+    def __init__(self, shards: Sequence[ParameterServerShard], wait: Callable = here):
+        self.shards, self.wait, self.pushed = shards, wait, []
+
+    def pull(self) -> tuple[np.ndarray, list[int]]:
+        """theta and the version of each slice."""
+        self.settle()
+        slices, versions = zip(*self.wait([shard.pull() for shard in self.shards]))
+        return np.concatenate(slices), list(versions)
+
+    def push(self, gradient: np.ndarray, versions: list[int]) -> None:
+        """Send a gradient with the versions of the slices that it was computed from."""
+        parts = np.array_split(gradient, len(self.shards))
+        calls = zip(self.shards, parts, versions, strict=True)
+        self.pushed = [shard.push(part, version) for shard, part, version in calls]
+
+    def settle(self) -> None:
+        """Wait until the shards have dealt with the last gradient; their errors are raised here."""
+        self.wait(self.pushed)
+        self.pushed = []
+
+
+def flat(tensors: Iterable[Tensor]) -> np.ndarray:
+    """One vector of them all, float32: what goes over the wire."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors]).numpy()
+
+
+@torch.no_grad()
+def write_parameters(theta: np.ndarray, net: nn.Module) -> None:
+    """Make the vector theta the parameters of net."""
+    parameters = list(net.parameters())
+    slices = torch.from_numpy(theta).split([p.numel() for p in parameters])
+    for p, part in zip(parameters, slices, strict=True):
+        p.copy_(part.view(p.shape))
+
+
+STEP = [  # what a replay memory keeps of a step, 7,067 bytes
+    ("screen", "u1", (84, 84)),  # the newest of s_tm1
+    ("age", "u4"),  # steps since the episode began
+    ("a_tm1", "i2"),  # or -1: no step, only the last screen of an episode that was cut off
+    ("r_t", "f4"),
+    ("terminated", "?"),
+]
+
+
+class ReplayMemory:
+    """The last steps of one or several actors, a ring for each; every screen is stored once.
+
+    It also keeps the ratio of steps to minibatches, by refusing minibatches that come too early.
+    """
+
+    def __init__(self, num_rings: int, args: Args, rank: int = 0):
+        self.capacity = args.replay_capacity // args.num_actors  # of a ring
+        self.steps = np.zeros((num_rings, self.capacity), STEP)
+        self.sizes, self.heads = np.zeros((2, num_rings), np.int64)  # a head is written next
+        self.steps_per_update = args.steps_per_update
+        self.surplus = -args.learning_starts * num_rings // args.num_actors
+        self.generator = np.random.default_rng(independent_seeds(1, args.seed, 0, rank + 1))
+
+    def add(self, ring: int, steps: np.ndarray) -> int:
+        """Remember steps of an actor; returns how many more there are than minibatches need."""
+        positions = (self.heads[ring] + np.arange(len(steps))) % self.capacity
+        self.steps[ring, positions] = steps
+        self.heads[ring] = (self.heads[ring] + len(steps)) % self.capacity
+        self.sizes[ring] = min(self.sizes[ring] + len(steps), self.capacity)
+        self.surplus += int((steps["a_tm1"] >= 0).sum())
+        return self.surplus
+
+    def sample(self, batch_size: int) -> Minibatch | None:
+        """Steps drawn uniformly, or None as long as the actors have to catch up."""
+        if self.surplus < self.steps_per_update:
+            return None
+        self.surplus -= self.steps_per_update
+        ring, i = self.draw(batch_size)
+        while not (usable := self.usable(ring, i)).all():
+            ring[~usable], i[~usable] = self.draw((~usable).sum())
+
+        a_tm1, r_t, terminated, age = (
+            self.steps[name][ring, i] for name in ("a_tm1", "r_t", "terminated", "age")
+        )
+        last, last_age = np.where(terminated, (i, age), (i + 1, age + 1))
+        s_tm1, s_t = self.stack(ring, i, age), self.stack(ring, last, last_age)
+        return Minibatch(s_tm1, a_tm1.astype(np.int64), r_t, terminated, s_t)
+
+    def get_pid(self) -> int:
+        return os.getpid()
+
+    def draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rings and places in them of any records."""
+        ends = self.sizes.cumsum()
+        n = self.generator.integers(ends[-1], size=count)
+        ring = ends.searchsorted(n, side="right")
+        return ring, n - (ends - self.sizes)[ring]
+
+    def usable(self, ring: np.ndarray, i: np.ndarray) -> np.ndarray:
+        """Whether records are steps whose screens, before and after, are all still there."""
+        age, after = self.steps["age"][ring, i], (i + 1) % self.capacity
+        goes_on = (after != self.heads[ring]) & (self.steps["age"][ring, after] == age + 1)
+        older = (i - (self.heads - self.sizes)[ring]) % self.capacity  # records still there
+        return (self.steps["terminated"][ring, i] | goes_on) & (older >= np.minimum(age, 3))
+
+    def stack(self, ring: np.ndarray, i: np.ndarray, age: np.ndarray) -> np.ndarray:
+        """Screens [B, 84, 84, 4], i the newest; an episode's first stands for those before it."""
+        back = np.minimum([3, 2, 1, 0], age[:, None])  # [B, 4]
+        screens = self.steps["screen"][ring[:, None], (i[:, None] - back) % self.capacity]
+        return screens.transpose(0, 2, 3, 1)
+
+
+ROUND = 100  # steps that a player makes, or is worth learning from, before it reports
+AHEAD = 1_000  # steps without their minibatches at which actors wait for the learners
+PAUSE = 0.01  # seconds of a wait
+
+
+class Round(NamedTuple):
+    """What a bundle, an actor or a learner reports when it has worked for a while."""
+
+    pid: int  # of its process: another than before if it has died in between
+    counts: Counter[str]
+    log: list[tuple[str, float]]
+
+
+class Actor:
+    """Plays a game with the parameters of the server; what happens goes to the replay memory."""
+
+    def __init__(
+        self,
+        rank: int,
+        num_actions: int,
+        args: Args,
+        server: ParameterServer,
+        replay: ReplayMemory,
+        wait: Callable = here,
+        net: DeepQNetwork | None = None,
+    ):
+        torch.set_num_threads(1)
+        self.ring = rank if args.replay == "global" else 0
+        self.args, self.server, self.replay, self.wait = args, server, replay, wait
+        self.net = net or DeepQNetwork(num_actions)
+        self.counts, self.log, self.surplus = Counter(), [], 0
+        self.pull()
+        seeds = independent_seeds(3, args.seed, rank + 1, min(self.versions))
+        self.generator = torch.Generator().manual_seed(seeds.pop())
+        np.random.seed(seeds.pop())  # for games that use it
+        try:
+            self.env = make_env(args.env_id)
+        except SystemExit as refusal:  # a process that exits would be started anew, again and again
+            raise RuntimeError(str(refusal)) from None
+        self.s, self.age = self.env.reset(seed=seeds.pop())[0], 0
+
+    def pull(self) -> None:
+        theta, self.versions = self.server.pull()
+        write_parameters(theta, self.net)
+        self.epsilon = exploration(min(self.versions), self.args)
+        self.steps_since = 0
+
+    def play(self, steps: int) -> None:
+        """The acting half of algorithm 1."""
+        records = []
+        for _ in range(steps):
+            if self.age == 0 or self.steps_since >= self.args.pull_every:
+                self.pull()
+            with torch.no_grad():
+                q = self.net(torch.from_numpy(self.s)[None])
+            a = epsilon_greedy(q, self.epsilon, self.generator).item()
+            s_t, r_t, terminated, truncated, info = self.env.step(a)
+            records.append((self.s[..., -1], self.age, a, r_t, terminated))
+            self.s, self.age, self.steps_since = s_t, self.age + 1, self.steps_since + 1
+
+            if truncated and not terminated:
+                records.append((s_t[..., -1], self.age, -1, 0.0, False))
+            if terminated or truncated:
+                self.s, self.age = self.env.reset()[0], 0
+                if "episode" in info:
+                    self.log.append(("charts/episodic_return", float(info["episode"]["r"])))
+                    self.log.append(("charts/episodic_length", float(info["episode"]["l"])))
+        self.counts["steps"] += steps
+        self.surplus = self.wait(self.replay.add(self.ring, np.array(records, STEP)))
+
+    def work(self) -> Round:
+        """A round, or a pause if the learners are far behind."""
+        if self.surplus > AHEAD:
+            time.sleep(PAUSE)
+        self.play(0 if self.surplus > AHEAD else ROUND)
+        return tell(self)
+
+
+class Learner:
+    """Draws minibatches and sends the gradients of their loss to the server."""
+
+    def __init__(
+        self,
+        num_actions: int,
+        args: Args,
+        server: ParameterServer,
+        replay: ReplayMemory,
+        wait: Callable = here,
+        net: DeepQNetwork | None = None,
+    ):
+        torch.set_num_threads(1)
+        self.args, self.server, self.replay, self.wait = args, server, replay, wait
+        self.net = net or DeepQNetwork(num_actions)
+        self.target_net = DeepQNetwork(num_actions)
+        self.target_number = -1  # how many periods had passed when it was copied
+        self.statistics = LossStatistics(args.outlier_deviations, args.outlier_warm_up)
+        self.counts, self.log = Counter(), []
+        self.pull()
+
+    def pull(self) -> None:
+        """Fetch the parameters, with every period those of the target network (section 4.1)."""
+        theta, self.versions = self.server.pull()
+        write_parameters(theta, self.net)
+        number = min(self.versions) // self.args.target_period
+        if number != self.target_number:
+            write_parameters(theta, self.target_net)
+            self.target_number = number
+
+    def learn(self) -> bool:
+        """The learning half of algorithm 1; False if there is no minibatch yet."""
+        batch = self.wait(self.replay.sample(self.args.batch_size))
+        if batch is None:
+            return False
+        batch = Minibatch(*map(torch.tensor, batch))
+        times = [time.perf_counter()]
+        self.pull()
+        times.append(time.perf_counter())
+
+        q = self.net(batch.s_tm1)
+        y = dqn_targets(self.target_net, batch, self.args.discount)
+        loss = dqn_loss(q, batch.a_tm1, y)
+        gradient = flat(torch.autograd.grad(loss, list(self.net.parameters())))
+        outlier = self.statistics.is_outlier(loss.item())
+        times.append(time.perf_counter())
+
+        if not outlier and np.isfinite(gradient).all():
+            self.server.push(gradient, self.versions)
+        times.append(time.perf_counter())
+
+        pulling, computing, pushing = np.diff(times)
+        self.counts.update(minibatches=1, outliers=int(outlier))
+        self.log += [
+            ("losses/td_loss", loss.item()),
+            ("losses/q_values", q.mean().item()),
+            ("losses/gradient_norm", float(np.linalg.norm(gradient))),
+            ("charts/learner_ms", 1000 * (pulling + computing + pushing)),
+            ("charts/server_ms", 1000 * (pulling + pushing)),  # of these, with the server
+        ]
+        return True
+
+    def work(self) -> Round:
+        """A round, or a pause if the actors are behind."""
+        for _ in range(max(1, ROUND // self.args.steps_per_update)):
+            if not self.learn():
+                time.sleep(PAUSE)
+                break
+        return tell(self)
+
+
+class Bundle:
+    """An actor, a replay memory and a learner in one process, with one network (figure 2)."""
+
+    def __init__(self, rank: int, num_actions: int, args: Args, server: ParameterServer):
+        replay, net = ReplayMemory(1, args, rank), DeepQNetwork(num_actions)
+        self.actor = Actor(rank, num_actions, args, server, replay, net=net)
+        self.learner = Learner(num_actions, args, server, replay, net=net)
+        self.args = args
+
+    def work(self) -> Round:
+        for _ in range(max(1, ROUND // self.args.steps_per_update)):
+            self.actor.play(self.args.steps_per_update)
+            self.learner.learn()
+        return tell(self.actor, self.learner)
+
+
+def tell(*workers: Actor | Learner) -> Round:
+    """The report of workers of one process, which begin to count and to log anew."""
+    counts, log = Counter(), []
+    for worker in workers:
+        worker.server.settle()
+        counts, log = counts + worker.counts, log + worker.log
+        worker.counts, worker.log = Counter(), []
+    return Round(os.getpid(), counts, log)
+
+
+# ---- The game -----------------------------------------------------------------------------------
+
+
+MAX_FRAMES = 108_000  # of a game, 30 minutes of play; then it is truncated
+MAX_EVAL_FRAMES = 18_000  # of a game in evaluation, 5 minutes, as in the paper
+
+
+class EpisodicLife(gym.Wrapper):
+    """A lost life terminates the episode; the game goes on, and restarts only when it is over."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.lives, self.game_over = 0, True
+
+    def step(self, action):
+        self.s_t, r_t, terminated, truncated, info = self.env.step(action)
+        self.game_over = terminated or truncated
+        lives = self.unwrapped.ale.lives()
+        life_lost, self.lives = lives < self.lives, lives
+        return self.s_t, r_t, terminated or life_lost, truncated, info
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        info = {}
+        if self.game_over or seed is not None:
+            self.s_t, info = self.env.reset(seed=seed, options=options)
+        self.lives, self.game_over = self.unwrapped.ale.lives(), False
+        return self.s_t, info
+
+
+def make_env(env_id: str, training: bool = True) -> gym.Env:
+    """A game that shows its last four screens, the newest last, as bytes [84, 84, 4].
+
+    Atari games get the preprocessing of DQN 2015; the screens of any other are only stacked.
+    When a whole game is over, info["episode"] holds its true score "r" and its frames "l".
+    """
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
+    frames = MAX_FRAMES if training else MAX_EVAL_FRAMES
+    atari = {"obs_type": "ram", "frameskip": 1, "max_num_frames_per_episode": frames}
+    try:
+        is_atari = ":" not in env_id and "ale_py" in str(gym.spec(env_id).entry_point)
+        if is_atari:
+            env = gym.make(env_id, render_mode=None if training else "rgb_array", **atari)
+        else:
+            env = gym.make(env_id)
+    except (gym.error.Error, ImportError, ValueError) as error:
+        nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
+        raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
+
+    env = RecordEpisodeStatistics(env)
+    if is_atari:  # it fetches the screens that it needs: "ram" saves rendering the others
+        screen = gym.spaces.Box(0, 255, env.unwrapped.ale.getScreenDims(), np.uint8)
+        env = TransformObservation(env, lambda ram: ram, screen)
+        env = AtariPreprocessing(env, noop_max=30, frame_skip=4)
+        env = EpisodicLife(env) if training else env
+    screen, actions = env.observation_space, env.action_space
+    fits = screen.shape == (84, 84) and screen.dtype == np.uint8
+    if not fits or not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
+        raise SystemExit(
+            f"{env_id} shows {screen} and takes {actions}; this script needs "
+            "uint8 screens of shape (84, 84) and Discrete actions from 0."
+        )
+    stack = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)  # the layout that convolutions like
+    return TransformObservation(FrameStackObservation(env, 4), cv2.merge, stack)
+
+
+def reset_games(envs: Sequence[gym.Env], seeds: Sequence[int]) -> Tensor:
+    """The first screens [K, 84, 84, 4] of K games."""
+    return torch.from_numpy(np.stack([env.reset(seed=i)[0] for env, i in zip(envs, seeds)]))
+
+
+# ---- Evaluation and training --------------------------------------------------------------------
+
+
+def independent_seeds(count: int, *purpose: int) -> list[int]:
+    """Seeds that have nothing to do with each other or with those of another purpose."""
+    return np.random.SeedSequence(purpose).generate_state(count).tolist()
+
+
+@torch.no_grad()
+def evaluate(
+    net: DeepQNetwork, args: Args, film: Path | None = None, watch: Callable = lambda: None
+) -> dict[str, float]:
+    """True scores of whole games, begun with up to 30 no-ops and played epsilon-greedily.
+
+    film: where to write the first game as a GIF. watch() is called at every step.
+    """
+    seeds = independent_seeds(args.eval_episodes + 1, args.seed)
+    generator = torch.Generator().manual_seed(seeds.pop())
+    envs = [make_env(args.env_id, training=False) for _ in seeds]
+    s = reset_games(envs, seeds)
+    playing, games, pictures = list(range(len(envs))), [], []
+    with tqdm(total=len(envs), unit="game", leave=False, disable=None) as bar:
+        while playing:
+            watch()
+            a = epsilon_greedy(net(s), args.eval_epsilon, generator).tolist()
+            for k in playing.copy():
+                screens, _, terminated, truncated, info = envs[k].step(a[k])
+                s[k] = torch.from_numpy(screens)
+                if terminated or truncated:
+                    games.append(info["episode"])
+                    playing.remove(k)
+                    bar.update()
+                if film and k == 0 and len(pictures) < 1800:  # two minutes
+                    picture = envs[0].render() if envs[0].render_mode else screens[..., -1]
+                    pictures.append(Image.fromarray(picture))
+    if film:
+        pictures[0].save(film, save_all=True, append_images=pictures[1:], duration=67, loop=0)
+    return {
+        "eval/episodic_return": float(np.mean([game["r"] for game in games])),
+        "eval/episodic_return_std": float(np.std([game["r"] for game in games])),
+        "eval/episodic_length": float(np.mean([game["l"] for game in games])),  # frames
+    }
+
+
+# Of the environment of the workers: glibc is to keep the memory they free, not to return it to the
+# system, which would clear it for them many times a second (a fifth of their time).
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "32000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
+
+
+def connect(args: Args) -> None:
+    """Start Ray on this machine, or join the cluster at --ray-address."""
+    os.environ |= KEEP_MEMORY | {"RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"  # else a warning that handles are arguments
+    settings = {"log_to_driver": False, "logging_level": "ERROR"}
+    if args.ray_address:
+        settings |= {"address": args.ray_address}
+    else:
+        memory = args.object_store_mb * 2**20
+        settings |= {"address": "local", "num_cpus": 1, "object_store_memory": memory}
+    try:
+        if ":" in args.ray_address:  # Ray itself would try for two minutes
+            host, _, port = args.ray_address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=5).close()
+        ray.init(include_dashboard=False, **settings)
+    except Exception as error:  # Ray raises many kinds, plain exceptions among them
+        where = args.ray_address or "this machine"
+        raise SystemExit(
+            f"Ray cannot be used at {where} ({error}): start a cluster with ray start --head and "
+            "give its host:port, or auto on one of its machines, or leave --ray-address out."
+        ) from None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # instead of Ray's
+
+
+class Remote:
+    """A component in another process: its methods return what wait_for can wait for."""
+
+    def __init__(self, component: type, *arguments: Any):
+        endless = {"max_restarts": -1, "max_task_retries": -1}
+        options = {"num_cpus": 0, "scheduling_strategy": "SPREAD"} | endless
+        self.handle = ray.remote(component).options(**options).remote(*arguments)
+
+    def __getattr__(self, method: str) -> Callable:
+        if method.startswith("__"):  # asked for by pickle
+            raise AttributeError(method)
+        return getattr(self.handle, method).remote
+
+
+def wait_for(answers: Any, patience: float) -> Any:
+    """What calls of Remote's methods return.
+
+    A process that dies by itself or with its machine is started anew by Ray, with the arguments it
+    had, and asked again. An exception that it raises is raised here, and so is a TimeoutError when
+    it is silent for too long.
+    """
+    return ray.get(answers, timeout=patience)
+
+
+class Gorila:
+    """The components on Ray: who there is, what they are at, what they have reported."""
+
+    def __init__(self, net: DeepQNetwork, start: dict[str, Any], args: Args, folder: Path):
+        self.args, self.wait = args, partial(wait_for, patience=args.patience)
+        self.log, self.counts, self.pids = queue.SimpleQueue(), Counter(start["counts"]), {}
+        self.lost_before = self.counts["lost_updates"]
+        K, version, num_actions = args.num_shards, min(start["versions"]), net.q.out_features
+        theta, G = flat(net.parameters()), start["G"].numpy()
+        slices = zip(np.array_split(theta, K), np.array_split(G, K), strict=True)
+        self.shards = []
+        for k, (part, sums) in enumerate(slices):
+            path = folder / f"shard_{k}.npz"
+            path.with_suffix(".count").unlink(missing_ok=True)  # of an earlier run
+            counts = {"version": version, "stale": self.counts["stale"], "lost": 0}
+            write_slice(path, theta=part, G=sums, **counts)
+            self.shards.append(Remote(ParameterServerShard, path, args))
+        server = ParameterServer(self.shards, self.wait)
+
+        self.memory, self.workers = None, {}
+        if args.replay == "local":
+            for rank in range(args.num_actors):
+                self.workers[f"bundle {rank}"] = Remote(Bundle, rank, num_actions, args, server)
+        else:
+            self.memory = Remote(ReplayMemory, args.num_actors, args)
+            common = num_actions, args, server, self.memory, self.wait
+            for rank in range(args.num_actors):
+                self.workers[f"actor {rank}"] = Remote(Actor, rank, *common)
+            for rank in range(args.num_learners):
+                self.workers[f"learner {rank}"] = Remote(Learner, *common)
+        self.rounds = {}  # that are under way
+        for name in self.workers:
+            self.begin_round(name)
+
+    def begin_round(self, name: str) -> None:
+        self.rounds[self.workers[name].work()] = name, time.monotonic()
+
+    def attend(self, seconds: float, go_on: bool = True) -> None:
+        """Wait for the end of a round, take its report, and begin the next if it is to go on."""
+        ended, _ = ray.wait(list(self.rounds), timeout=seconds)
+        for answer in ended:
+            name, _ = self.rounds.pop(answer)
+            pid, counts, log = self.wait(answer)
+            self.recognise(name, pid)
+            self.counts += counts
+            for tag, value in log:
+                self.log.put((tag, value, self.counts["steps"]))
+            if go_on:
+                self.begin_round(name)
+        for name, since in self.rounds.values():
+            if time.monotonic() - since > 2 * self.args.patience:
+                raise TimeoutError(f"no report of {name}")
+
+    def recognise(self, name: str, pid: int) -> bool:
+        """Whether a component is another process than it was, which is said and counted."""
+        new = self.pids.get(name, pid) != pid
+        self.pids[name] = pid
+        if new:
+            self.counts["restarts"] += 1
+            tqdm.write(f"{name} has died and was started anew")
+        return new
+
+    def inspect(self) -> list[dict[str, Any]]:
+        """The states of all shards; what a death undid is said and counted."""
+        if self.memory:
+            self.recognise("replay memory", self.wait(self.memory.get_pid()))
+        states = self.wait([shard.state() for shard in self.shards])
+        for k, state in enumerate(states):
+            if self.recognise(f"shard {k}", state["pid"]):
+                tqdm.write(f"with the updates since its own checkpoint, {state['lost']} by now")
+        self.counts["stale"] = max(state["stale"] for state in states)
+        self.counts["lost_updates"] = self.lost_before + sum(state["lost"] for state in states)
+        return states
+
+
+def report(writer, step: int, metrics: dict[str, float]) -> None:
+    """The same numbers to the terminal, to tensorboard and to metrics.csv."""
+    tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+    with open(Path(writer.log_dir, "metrics.csv"), "a", newline="") as file:
+        csv.writer(file).writerows([step, name, value] for name, value in metrics.items())
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> dict:
+    """What save_checkpoint wrote, its parameters put into net.
+
+    The flags named in shaping must be those of the run that wrote it.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu")
+        for name in shaping:
+            theirs, ours = checkpoint["args"][name], getattr(args, name)
+            if theirs != ours:
+                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+        net.load_state_dict(checkpoint["net"])
+    except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
+        kind = type(error).__name__
+        raise SystemExit(
+            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+        ) from None
+    return checkpoint
+
+
+def open_run_dir(args: Args, task: str, script: str) -> Path:
+    """The folder of this run: that of the checkpoint it resumes, or a new one."""
+    if args.resume:
+        return Path(args.resume).parent
+    name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    if (run_dir / "checkpoint.pt").exists():
+        raise SystemExit(
+            f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
+            "another --run-dir begins anew."
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+    return run_dir
+
+
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+
+
+def check(args: Args) -> None:
+    """Refuse numbers that no run can have and flags that exclude each other."""
+    for field in fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        counts = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
+        lowest, highest = int(counts), 1 if field.name in FRACTIONS else 2**32 - 1
+        signed = isinstance(field.default, float) and field.default < 0
+        if type(value) in (int, float) and not signed and not lowest <= value <= highest:
+            raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if args.resume and args.evaluate:
+        raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
+    if args.resume and args.run_dir:
+        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def check_architecture(args: Args) -> None:
+    """Refuse numbers of components that do not fit together."""
+    if args.replay == "local" and args.num_actors != args.num_learners:
+        raise SystemExit(
+            "--replay local bundles one actor with one learner: --num-actors and --num-learners "
+            f"must be equal, not {args.num_actors} and {args.num_learners}."
+        )
+    if args.adagrad_start == 0:
+        raise SystemExit("--adagrad-start must be above 0: AdaGrad divides by its root.")
+    if not 0 <= args.final_epsilon <= 1:
+        raise SystemExit(f"--final-epsilon must lie between 0 and 1, not at {args.final_epsilon}.")
+    least = max(args.learning_starts, 2 * ROUND * args.num_actors)
+    if args.replay_capacity < least:
+        raise SystemExit(
+            f"--replay-capacity must be at least {least:,} (--learning-starts, and {2 * ROUND} for "
+            f"each actor), not {args.replay_capacity:,}."
+        )
+
+
+def drain(log, recent: dict[str, list[float]]) -> None:
+    """Sort by tag what the workers have put on log since the last time."""
+    while not log.empty():
+        tag, value, step = log.get()
+        if not math.isfinite(value):
+            raise SystemExit(
+                f"{tag} is {value} at step {step}: the run stops. The checkpoint in its folder is "
+                "from before; a smaller --learning-rate often helps."
+            )
+        recent[tag].append(value)
+
+
+def stopped(run_dir: str | Path) -> SystemExit:
+    """What Ctrl-C ends with."""
+    path = Path(run_dir, "checkpoint.pt")
+    if not path.exists():
+        return SystemExit("Stopped before the first checkpoint.")
+    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+
+
+def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -> dict[str, float]:
+    """Run Gorila on from a checkpoint whose parameters net has; returns the last report."""
+    from torch.utils.tensorboard import SummaryWriter  # not above: other processes need it not
+
+    folder, path = run_dir.resolve() / "shards", run_dir / "checkpoint.pt"
+    folder.mkdir(exist_ok=True)
+    writer, gorila = SummaryWriter(run_dir), None
+    writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
+    step, updates, seconds = start["counts"]["steps"], min(start["versions"]), start["seconds"]
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
+
+    last_step, last_evaluation, last_time = step, step, time.perf_counter()
+    recent, finished = defaultdict(list), False
+
+    def save(seconds: float) -> list[dict[str, Any]]:
+        """Put the shards' slices together; their versions may differ by what was under way."""
+        states = gorila.inspect()
+        write_parameters(np.concatenate([state["theta"] for state in states]), net)
+        parts = {"net": net.state_dict(), "versions": [state["version"] for state in states]}
+        parts["G"] = torch.from_numpy(np.concatenate([state["G"] for state in states]))
+        told = {"counts": dict(gorila.counts), "seconds": seconds, "args": asdict(args)}
+        save_checkpoint(path, **parts, **told)
+        return states
+
+    try:
+        gorila = Gorila(net, start, args, folder)
+        while not finished:
+            gorila.attend(1.0)
+            finished = gorila.counts["steps"] >= args.total_timesteps
+            while finished and gorila.rounds:  # then all shards are at one version
+                gorila.attend(1.0, go_on=False)
+            step, now = gorila.counts["steps"], time.perf_counter()
+            drain(gorila.log, recent)
+            bar.update(step - bar.n)
+            if not finished and step < last_step + args.report_every:
+                continue
+
+            seconds += now - last_time
+            states = save(seconds)
+            versions, before = [state["version"] for state in states], updates
+            updates = min(versions)
+            metrics = {tag: float(np.mean(values)) for tag, values in sorted(recent.items())}
+            metrics |= {
+                "charts/SPS": (step - last_step) / (now - last_time),
+                "charts/updates_per_second": (updates - before) / (now - last_time),
+                "charts/updates": updates,
+                "charts/epsilon": exploration(updates, args),
+                "charts/version_skew": max(versions) - updates,
+                "charts/minutes": seconds / 60,
+            }
+            for event in ("stale", "outliers", "restarts", "lost_updates"):
+                metrics[f"charts/{event}"] = gorila.counts[event]
+            if args.optimizer == "adagrad":  # G only grows: this is what is left of the rate
+                root = math.sqrt(np.mean([state["G"].mean() for state in states]))
+                metrics["charts/learning_rate"] = args.learning_rate / root
+            recent, last_step, last_time = defaultdict(list), step, now
+            if finished or (args.eval_every and step >= last_evaluation + args.eval_every):
+                film = run_dir / f"game_{step}.gif" if args.capture_video else None
+                watch = (lambda: None) if finished else partial(gorila.attend, 0)
+                metrics |= evaluate(net, args, film, watch)
+                last_evaluation = step
+            report(writer, step, metrics)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
+        if gorila:
+            save(seconds + time.perf_counter() - last_time)
+        raise stopped(run_dir) from None
+    except TimeoutError as error:
+        raise SystemExit(
+            f"A process has not answered for {args.patience:g} seconds ({error}): the run stops. "
+            f"Go on with --resume {path}, or wait longer with --patience."
+        ) from None
+    finally:
+        bar.close()
+        writer.close()
+    return metrics
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    check_architecture(args)
+    torch.set_num_threads(1)  # the cores are the components'
+    torch.manual_seed(args.seed)
+    net = DeepQNetwork(make_env(args.env_id).action_space.n)
+    if args.evaluate:
+        path = Path(args.evaluate)
+        load_checkpoint(path, args, net, "env_id")
+        film = path.with_name("game.gif") if args.capture_video else None
+        try:
+            return evaluate(net, args, film)
+        except KeyboardInterrupt:
+            raise SystemExit("Stopped.") from None
+
+    start = {"counts": {"steps": 0}, "versions": [0], "seconds": 0.0}
+    size = sum(p.numel() for p in net.parameters())
+    start["G"] = torch.full((size,), args.adagrad_start)
+    if args.resume:
+        start = load_checkpoint(Path(args.resume), args, net, "env_id")
+        step = start["counts"]["steps"]
+        if step >= args.total_timesteps:
+            raise SystemExit(f"{args.resume} is at step {step}: raise --total-timesteps.")
+        print("The replay memory starts empty, and the target network with the parameters.")
+    memory = args.replay_capacity * np.dtype(STEP).itemsize / 1e9
+    print(f"Replay will take up to {memory:.2f} GB, {args.num_actors} actors together.")
+    try:
+        connect(args)
+        return train(args, net, start, open_run_dir(args, args.env_id, "gorila_dqn"))
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped.") from None
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    print(main(tyro.cli(Args, description=__doc__)))
