@@ -46,7 +46,7 @@ def one_line(text: str) -> str:
 
 def table(text: str) -> list[dict[str, str]]:
     """The rows of the first table of a markdown text, by column title."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
+    lines = text[text.index("\n|") + 1 :].split("\n\n")[0].splitlines()
     titles, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return [dict(zip(titles, row, strict=True)) for row in rows]
 
