@@ -1,0 +1,611 @@
+"""Asynchronous advantage actor-critic (A3C) with continuous actions: pendulums, arms, runners.
+
+    Paper    Mnih et al., "Asynchronous methods for deep reinforcement learning", ICML 2016
+    Shows    A3C learns motor control from states, or from pixels (section 5.3, supplement 9)
+    Run      python a3c_continuous.py --num-workers 2
+    Result   not yet measured
+    Run      python a3c_continuous.py --env-id Pendulum-v1 --num-workers 2
+    Result   not yet measured
+    Run      python a3c_continuous.py --env-id Reacher-v5 --num-workers 2
+    Result   not yet measured
+    Run      python a3c_continuous.py --env-id HalfCheetah-v5 --num-workers 2
+               --total-timesteps 10000000
+    Result   not yet measured
+
+Departures: ours (the paper's)
+    learning rate 1e-3 (the best of many from 1e-5 to 1e-1), RMSProp's epsilon 0.1 (not told)
+    discount 0.99 and a norm of 40 for each network's gradient by itself (not told)
+    gradient of V: R - V (2 (R - V)); variance at least 1e-5 (no bound told)
+    with --t-max 0 a time limit ends the return as a fall does; segments bootstrap there (not told)
+    pixels: 84x84 RGB, 16 filters of 8x8 with stride 4, 32 of 4x4 with stride 2 (not told)
+    gymnasium's environments (the authors' own MuJoCo models, which they did not publish)
+    processes, as many as there are cores (16 threads); T grows by trajectories (by steps)
+    evaluation samples from pi, as training does (not told)
+
+Symbols: theta shared parameters; g running average of their squared gradients; T steps taken by
+all workers; a_tm1 taken in s_tm1 gives r_t and s_t; R return; V value; pi policy with mean mu and
+variance sigma^2.
+Shapes: K = 1 environment of a worker, N steps of a trajectory, A dimensions of an action.
+"""
+
+import copy
+import csv
+import difflib
+import math
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+import tyro
+from gymnasium.wrappers import (
+    AddRenderObservation,
+    ClipAction,
+    RecordEpisodeStatistics,
+    ResizeObservation,
+    TransformObservation,
+)
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # The method
+    env_id: str = "InvertedPendulum-v5"  # any with a Box of actions that shows a vector
+    pixels: bool = False  # an 84x84 RGB picture is seen in the place of the vector
+    num_workers: int = os.cpu_count() or 1  # processes that play and learn (paper: 16)
+    t_max: int = 0  # steps of a segment that bootstraps; 0: whole episodes, which do not
+    discount: float = 0.99  # gamma
+    entropy_cost: float = 1e-4  # beta, of the differential entropy
+    # Optimisation
+    total_timesteps: int = 2_000_000  # of all workers together
+    learning_rate: float = 1e-3  # at the start; falls linearly to 0
+    rmsprop_decay: float = 0.99  # of the running squared gradient g
+    rmsprop_eps: float = 0.1  # inside the root
+    max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
+    # The run
+    report_every: int = 50_000  # steps between two reports, each with a checkpoint
+    eval_every: int = 0  # steps between two evaluations during training; 0: only at the end
+    eval_episodes: int = 10  # whole games of an evaluation
+    capture_video: bool = False  # write the first game of an evaluation as a GIF
+    seed: int = 1  # of every random number; workers race, so runs still differ
+    run_dir: str = ""  # for logs, films, checkpoint.pt; default runs/GAME__SCRIPT__SEED__TIME
+    resume: str = ""  # a checkpoint.pt to continue from, in its own folder
+    evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
+
+
+# ---- The method ---------------------------------------------------------------------------------
+
+
+LSTMState = tuple[Tensor, Tensor] | None  # 2 x [1, K, 128]; None: zeros, where an episode begins
+
+
+class Trajectory(NamedTuple):
+    """A whole episode, or up to t_max steps of it, under one copy of the parameters."""
+
+    s_tm1: Tensor  # [N, K, D] states, or [N, K, 84, 84, 3] pictures in bytes
+    a_tm1: Tensor  # [N, K, A] actions as drawn from pi, not as the box clips them
+    r_t: Tensor  # [N, K] rewards
+    terminated: Tensor  # [N, K] the return ends with the step
+    v_t: Tensor  # [N, K] V(s_t), known where a segment ends
+    policy_state: LSTMState  # of the policy network before the first step
+    value_state: LSTMState  # of the value network
+
+
+class LSTMNetwork(nn.Module):
+    """State -> 200 ReLUs -> LSTM 128 -> linear outputs (supplement 9).
+
+    For pictures two convolutions without nonlinearity or pooling stand in the place of the ReLUs.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_outputs: int):
+        super().__init__()
+        if len(shape) == 1:
+            layers, width = [nn.Linear(*shape, 200), nn.ReLU()], 200
+        else:
+            layers = [nn.Conv2d(3, 16, 8, 4), nn.Conv2d(16, 32, 4, 2), nn.Flatten()]
+            width = 32 * 9 * 9
+        self.trunk = nn.Sequential(*layers)
+        self.lstm = nn.LSTM(width, 128)  # a whole episode in one call; cells take ten times as long
+        self.outputs = nn.Linear(128, num_outputs)
+
+    def forward(self, s: Tensor, lstm_state: LSTMState) -> tuple[Tensor, LSTMState]:
+        """Outputs [N, K, :] for consecutive s [N, K, ...] of an episode; the next LSTM state."""
+        x = s.flatten(0, 1)
+        if s.dtype == torch.uint8:
+            x = x.permute(0, 3, 1, 2).to(torch.float32).mul_(1 / 255)
+        x, lstm_state = self.lstm(self.trunk(x).unflatten(0, s.shape[:2]), lstm_state)
+        return self.outputs(x), lstm_state
+
+
+class GaussianActorCritic(nn.Module):
+    """Policy pi = N(mu, sigma^2 I) and value V, two networks that share nothing (supplement 9)."""
+
+    def __init__(self, shape: tuple[int, ...], num_dimensions: int):
+        super().__init__()
+        self.pi = LSTMNetwork(shape, num_dimensions + 1)
+        self.v = LSTMNetwork(shape, 1)
+
+    def policy(self, s: Tensor, lstm_state: LSTMState) -> tuple[Tensor, Tensor, LSTMState]:
+        """mu [N, K, A], sigma^2 [N, K, 1] and the next LSTM state."""
+        x, lstm_state = self.pi(s, lstm_state)
+        return x[..., :-1], spherical_variance(x[..., -1:]), lstm_state
+
+    def value(self, s: Tensor, lstm_state: LSTMState) -> tuple[Tensor, LSTMState]:
+        """V [N, K] and the next LSTM state."""
+        v, lstm_state = self.v(s, lstm_state)
+        return v.squeeze(-1), lstm_state
+
+
+def spherical_variance(x: Tensor) -> Tensor:
+    """sigma^2 = log(1 + exp(x)), held away from 0, where log pi has no bound."""
+    return F.softplus(x) + 1e-5
+
+
+def sample_gaussian(mu: Tensor, sigma2: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Actions [..., A] from N(mu, sigma^2 I)."""
+    return mu + sigma2.sqrt() * torch.empty_like(mu).normal_(generator=generator)
+
+
+def log_density(mu: Tensor, sigma2: Tensor, a: Tensor) -> Tensor:
+    """log pi(a|s) [...] for a, mu [..., A] and sigma2 [..., 1]."""
+    return -((a - mu).square() / sigma2 + (2 * math.pi * sigma2).log()).sum(-1) / 2
+
+
+def differential_entropy(sigma2: Tensor) -> Tensor:
+    """(log(2 pi sigma^2) + 1) / 2 in nats, of one dimension of an action, summed over the steps."""
+    return ((2 * math.pi * sigma2).log() + 1).sum() / 2
+
+
+def n_step_returns(
+    r_t: Tensor, terminated: Tensor, cut: Tensor, v_t: Tensor, discount: float
+) -> Tensor:
+    """R_i = r_i + discount R_(i+1) (algorithms S1 and S2). All are [N, K].
+
+    R is 0 after a terminated step; it is v_t, the value of the state reached, after one that is
+    cut and after the last.
+    """
+    returns = torch.empty_like(r_t)
+    R = v_t[-1]
+    for i in reversed(range(len(r_t))):
+        R = torch.where(cut[i], v_t[i], R)
+        R = r_t[i] + discount * torch.where(terminated[i], 0, R)
+        returns[i] = R
+    return returns
+
+
+def gaussian_policy_loss(mu: Tensor, sigma2: Tensor, a: Tensor, advantage: Tensor) -> Tensor:
+    """-log pi(a|s) (R - V), summed over the trajectory; the advantage counts as a constant."""
+    return -(log_density(mu, sigma2, a) * advantage.detach()).sum()
+
+
+def value_loss(advantage: Tensor) -> Tensor:
+    """(R - V)^2 / 2, summed over the segment."""
+    return advantage.square().sum() / 2
+
+
+def gaussian_a3c_losses(
+    net: GaussianActorCritic, trajectory: Trajectory, args: Args
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Algorithm S2's sums for the policy network, with the entropy, and for the value network.
+
+    With them come their parts, a step's mean each.
+    """
+    s_tm1, a_tm1, r_t, terminated, v_t, policy_state, value_state = trajectory
+    mu, sigma2, _ = net.policy(s_tm1, policy_state)
+    v, _ = net.value(s_tm1, value_state)
+    R = n_step_returns(r_t, terminated, torch.zeros_like(terminated), v_t, args.discount)
+    pi_loss = gaussian_policy_loss(mu, sigma2, a_tm1, R - v)
+    v_loss = value_loss(R - v)
+    entropy = differential_entropy(sigma2)
+    watched = {
+        "losses/policy_loss": pi_loss.item() / R.numel(),
+        "losses/value_loss": v_loss.item() / R.numel(),
+        "losses/entropy": entropy.item() / R.numel(),
+    }
+    return pi_loss - args.entropy_cost * entropy, v_loss, watched
+
+
+@torch.no_grad()
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """target <- source, two networks of one shape."""
+    for theirs, ours in zip(source.parameters(), target.parameters(), strict=True):
+        ours.copy_(theirs)
+
+
+class SharedRMSProp:
+    """RMSProp whose running average g lives, like theta, in memory all workers share (eq. 1)."""
+
+    def __init__(self, theta: Sequence[Tensor], decay: float, eps: float):
+        self.theta, self.decay, self.eps = theta, decay, eps
+        self.g = [torch.zeros_like(t).share_memory_() for t in theta]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
+        """Without a lock, as in the paper: now and then one worker undoes what another wrote."""
+        for theta, g, d_theta in zip(self.theta, self.g, gradients, strict=True):
+            g.mul_(self.decay).addcmul_(d_theta, d_theta, value=1 - self.decay)
+            theta.addcmul_(d_theta, (g + self.eps).rsqrt_(), value=-learning_rate)  # eps inside
+
+
+def clip_by_norm(gradients: Sequence[Tensor], max_norm: float) -> float:
+    """Scale the gradients in place to a joint norm of at most max_norm; returns what it was."""
+    norm = nn.utils.get_total_norm(gradients).item()
+    if norm > max_norm:
+        for gradient in gradients:
+            gradient.mul_(max_norm / norm)
+    return norm
+
+
+# ---- The game -----------------------------------------------------------------------------------
+
+
+def make_env(env_id: str, pixels: bool, film: bool = False) -> gym.Env:
+    """An environment that shows a vector of float32 or, with pixels, bytes [84, 84, 3].
+
+    Actions are clipped to its box on their way in. Where an episode ends, info["episode"] holds
+    its return "r" and its steps "l". film: render() gives pictures.
+    """
+    draws = pixels or film
+    if draws and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
+    try:
+        env = gym.make(env_id, render_mode="rgb_array") if draws else gym.make(env_id)
+        if draws:
+            env.reset()
+            env.render()  # what it needs to draw is missed here, not in a worker
+    except Exception as error:  # every library has its own way of missing another
+        nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
+        raise SystemExit(
+            f"{env_id} cannot be {'drawn' if draws else 'made'} ({error}). Nearest names: "
+            f"{nearest}. MuJoCo's tasks need pip install mujoco imageio and, to draw, EGL (Debian: "
+            "apt-get install libegl1); Pendulum needs, to draw, pip install pygame."
+        ) from None
+
+    seen, actions = env.observation_space, env.action_space
+    boxes = isinstance(seen, gym.spaces.Box) and isinstance(actions, gym.spaces.Box)
+    if not boxes or len(actions.shape) != 1 or not (pixels or len(seen.shape) == 1):
+        raise SystemExit(
+            f"{env_id} shows {seen} and takes {actions}; this script needs a Box of actions and, "
+            "without --pixels, a Box of states, both vectors."
+        )
+    env = ClipAction(RecordEpisodeStatistics(env))
+    if pixels:
+        return ResizeObservation(AddRenderObservation(env), (84, 84))
+    vector = gym.spaces.Box(-np.inf, np.inf, seen.shape, np.float32)
+    return TransformObservation(env, np.float32, vector)
+
+
+def as_input(s: np.ndarray) -> Tensor:
+    """What an environment shows, as [N = 1, K = 1, ...]."""
+    return torch.from_numpy(s)[None, None]
+
+
+def play_alone(
+    env: gym.Env, seed: int, net: GaussianActorCritic, t_max: int
+) -> Iterator[tuple[Trajectory, dict | None]]:
+    """Endless trajectories of one environment, each played with the parameters net has by then.
+
+    Each comes with the return "r" and the steps "l" of the episode that ended with it, if one did.
+    """
+    s_t, policy_state, value_state = as_input(env.reset(seed=seed)[0]), None, None
+    while True:
+        steps, first_states, last = [], (policy_state, value_state), False
+        while not last:
+            s_tm1 = s_t
+            with torch.no_grad():
+                mu, sigma2, policy_state = net.policy(s_tm1, policy_state)
+                a_tm1 = sample_gaussian(mu, sigma2)
+            s_t, r_t, terminates, truncates, info = env.step(a_tm1[0, 0].numpy())
+            s_t = as_input(s_t)
+            steps.append((s_tm1[0], a_tm1[0], torch.tensor([r_t], dtype=torch.float32)))
+            last = terminates or truncates or len(steps) == t_max
+
+        s_tm1, a_tm1, r_t = map(torch.stack, zip(*steps))
+        terminated, v_t = torch.zeros_like(r_t, dtype=torch.bool), torch.zeros_like(r_t)
+        terminated[-1] = terminates or t_max == 0
+        if t_max:
+            with torch.no_grad():
+                _, value_state = net.value(s_tm1, value_state)
+                v_t[-1:], _ = net.value(s_t, value_state)  # the state has yet to see s_t
+        if terminates or truncates:
+            s_t, policy_state, value_state = as_input(env.reset()[0]), None, None
+        yield Trajectory(s_tm1, a_tm1, r_t, terminated, v_t, *first_states), info.get("episode")
+
+
+# ---- Evaluation and training --------------------------------------------------------------------
+
+
+def independent_seeds(count: int, *purpose: int) -> list[int]:
+    """Seeds that have nothing to do with each other or with those of another purpose."""
+    return np.random.SeedSequence(purpose).generate_state(count).tolist()
+
+
+@torch.no_grad()
+def evaluate(
+    net: GaussianActorCritic, args: Args, film: Path | None = None, watch: Callable = lambda: None
+) -> dict[str, float]:
+    """Returns of whole episodes, played by sampling from pi.
+
+    film: where to write the first episode as a GIF. watch() is called at every step.
+    """
+    seeds = independent_seeds(args.eval_episodes + 1, args.seed)
+    generator = torch.Generator().manual_seed(seeds.pop())
+    env = make_env(args.env_id, args.pixels, film is not None)
+    games, pictures = [], []
+    for seed in tqdm(seeds, unit="game", leave=False, disable=None):
+        s, lstm_state, info = env.reset(seed=seed)[0], None, {}
+        while "episode" not in info:
+            watch()
+            mu, sigma2, lstm_state = net.policy(as_input(s), lstm_state)
+            a = sample_gaussian(mu, sigma2, generator)
+            s, _, _, _, info = env.step(a[0, 0].numpy())
+            if film and not games and len(pictures) < 500:
+                pictures.append(Image.fromarray(env.render()).resize((240, 240)))
+        games.append(info["episode"])
+    if film:
+        duration = 1000 / env.metadata.get("render_fps", 30)  # milliseconds of a picture
+        pictures[0].save(film, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+    env.close()
+    return {
+        "eval/episodic_return": float(np.mean([game["r"] for game in games])),
+        "eval/episodic_return_std": float(np.std([game["r"] for game in games])),
+        "eval/episodic_length": float(np.mean([game["l"] for game in games])),  # steps
+    }
+
+
+def update(
+    net: GaussianActorCritic,
+    optimizer: SharedRMSProp,
+    trajectory: Trajectory,
+    learning_rate: float,
+    args: Args,
+) -> dict[str, float]:
+    """Move the shared parameters by the gradient that net, a copy of them, has on a trajectory.
+
+    A gradient that is not finite moves nothing; the norm returned tells.
+    """
+    *losses, watched = gaussian_a3c_losses(net, trajectory, args)
+    gradients, norms = [], []
+    for network, loss in zip((net.pi, net.v), losses, strict=True):
+        d_theta = torch.autograd.grad(loss, list(network.parameters()))
+        norms.append(clip_by_norm(d_theta, args.max_gradient_norm))
+        gradients += d_theta
+    norm = math.hypot(*norms)
+    if math.isfinite(norm):
+        optimizer.step(gradients, learning_rate)
+    return watched | {"losses/gradient_norm": norm, "charts/learning_rate": learning_rate}
+
+
+def worker(
+    rank: int,
+    args: Args,
+    first_step: int,
+    shared: GaussianActorCritic,
+    optimizer: SharedRMSProp,
+    T,
+    log,
+) -> None:
+    """One actor-learner (algorithm S2); it reports by putting (tag, value, step) on log."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is a matter for the main process
+    main_process, updates = mp.parent_process(), 0
+    torch_seed, numpy_seed, env_seed = independent_seeds(3, args.seed, rank + 1, first_step)
+    torch.manual_seed(torch_seed)
+    np.random.seed(numpy_seed)  # for environments that use it
+
+    env, net = make_env(args.env_id, args.pixels), copy.deepcopy(shared)  # theta'
+    trajectories = play_alone(env, env_seed, net, args.t_max)
+    while T.value < args.total_timesteps and main_process.is_alive():
+        copy_parameters(shared, net)
+        trajectory, game = next(trajectories)
+        with T.get_lock():
+            step = T.value = T.value + trajectory.r_t.numel()
+        learning_rate = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
+        watched = update(net, optimizer, trajectory, learning_rate, args)
+
+        if game:
+            log.put(("charts/episodic_return", float(game["r"]), step))
+            log.put(("charts/episodic_length", float(game["l"]), step))
+        updates += 1
+        if updates % 100 == 0 or not math.isfinite(watched["losses/gradient_norm"]):
+            for tag, value in watched.items():
+                log.put((tag, value, step))
+
+
+def report(writer, step: int, metrics: dict[str, float]) -> None:
+    """The same numbers to the terminal, to tensorboard and to metrics.csv."""
+    tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+    with open(Path(writer.log_dir, "metrics.csv"), "a", newline="") as file:
+        csv.writer(file).writerows([step, name, value] for name, value in metrics.items())
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> dict:
+    """What save_checkpoint wrote, its parameters put into net.
+
+    The flags named in shaping must be those of the run that wrote it.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu")
+        for name in shaping:
+            theirs, ours = checkpoint["args"][name], getattr(args, name)
+            if theirs != ours:
+                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+        net.load_state_dict(checkpoint["net"])
+    except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
+        kind = type(error).__name__
+        raise SystemExit(
+            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+        ) from None
+    return checkpoint
+
+
+def open_run_dir(args: Args, task: str, script: str) -> Path:
+    """The folder of this run: that of the checkpoint it resumes, or a new one."""
+    if args.resume:
+        return Path(args.resume).parent
+    name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    if (run_dir / "checkpoint.pt").exists():
+        raise SystemExit(
+            f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
+            "another --run-dir begins anew."
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+    return run_dir
+
+
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+
+
+def check(args: Args) -> None:
+    """Refuse numbers that no run can have and flags that exclude each other."""
+    for field in fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        counts = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
+        lowest, highest = int(counts), 1 if field.name in FRACTIONS else 2**32 - 1
+        signed = isinstance(field.default, float) and field.default < 0
+        if type(value) in (int, float) and not signed and not lowest <= value <= highest:
+            raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if args.resume and args.evaluate:
+        raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
+    if args.resume and args.run_dir:
+        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def drain(log, recent: dict[str, list[float]]) -> None:
+    """Sort by tag what the workers have put on log since the last time."""
+    while not log.empty():
+        tag, value, step = log.get()
+        if not math.isfinite(value):
+            raise SystemExit(
+                f"{tag} is {value} at step {step}: the run stops. The checkpoint in its folder is "
+                "from before; a smaller --learning-rate often helps."
+            )
+        recent[tag].append(value)
+
+
+# Of the environment of the workers: glibc is to keep the memory they free, not to return it to the
+# system, which would clear it for them many times a second (a fifth of their time).
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "32000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
+
+
+def supervise(
+    role: Callable, arguments: tuple, args: Args, T, log, writer, seconds: float, save, evaluate_now
+) -> dict[str, float]:
+    """Spawn role(rank, *arguments) --num-workers times and report until they are done.
+
+    save(T=..., seconds=...) writes a checkpoint; seconds is the time spent before. evaluate_now(
+    step, watch) returns metrics and calls watch now and then. Returns the last report. A worker
+    that dies ends the run with its traceback, Ctrl-C and SIGTERM end it with a checkpoint.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ |= KEEP_MEMORY
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit that
+    workers = mp.spawn(role, arguments, nprocs=args.num_workers, join=False)
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    counter = T.get_obj()  # read without the lock, which a worker may hold when it is killed
+    bar = tqdm(total=args.total_timesteps, initial=counter.value, unit="step", disable=None)
+    last_step, last_time, last_evaluation = counter.value, time.perf_counter(), counter.value
+    recent, finished = defaultdict(list), False
+    try:
+        while not finished:
+            finished = workers.join(timeout=1)
+            drain(log, recent)
+            step, now = counter.value, time.perf_counter()
+            bar.update(step - bar.n)
+            if not finished and step < last_step + args.report_every:
+                continue
+
+            seconds += now - last_time
+            metrics = {tag: float(np.mean(values)) for tag, values in sorted(recent.items())}
+            metrics["charts/SPS"] = (step - last_step) / (now - last_time)
+            metrics["charts/minutes"] = seconds / 60
+            recent, last_step, last_time = defaultdict(list), step, now
+            save(T=step, seconds=seconds)
+            if finished or (args.eval_every and step >= last_evaluation + args.eval_every):
+                metrics |= evaluate_now(step, partial(workers.join, 0))
+                last_evaluation = step
+            report(writer, step, metrics)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
+        save(T=counter.value, seconds=seconds + time.perf_counter() - last_time)
+        path = Path(writer.log_dir, "checkpoint.pt")
+        raise SystemExit(f"Stopped; go on with the same flags and --resume {path}") from None
+    finally:
+        for process in workers.processes:
+            process.terminate()
+            process.join()
+        bar.close()
+        writer.close()
+    return metrics
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    torch.set_num_threads(1)  # the cores are the workers'
+    torch.manual_seed(args.seed)
+    env = make_env(args.env_id, args.pixels, args.capture_video)
+    net = GaussianActorCritic(env.observation_space.shape, *env.action_space.shape).share_memory()
+    optimizer = SharedRMSProp(list(net.parameters()), args.rmsprop_decay, args.rmsprop_eps)
+    shared = {"net": net.state_dict(), "g": optimizer.g}  # views of what the workers change
+
+    def evaluate_now(step: int, watch: Callable) -> dict[str, float]:
+        film = run_dir / f"game_{step}.gif" if args.capture_video else None
+        return evaluate(copy.deepcopy(net), args, film, watch)
+
+    first_step, seconds = 0, 0.0
+    if args.evaluate:
+        path = Path(args.evaluate)
+        load_checkpoint(path, args, net, "env_id", "pixels")
+        film = path.with_name("game.gif") if args.capture_video else None
+        try:
+            return evaluate(net, args, film)
+        except KeyboardInterrupt:
+            raise SystemExit("Stopped.") from None
+    if args.resume:
+        checkpoint = load_checkpoint(Path(args.resume), args, net, "env_id", "pixels")
+        for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
+            g.copy_(saved_g)
+        first_step, seconds = checkpoint["T"], checkpoint["seconds"]
+        if first_step >= args.total_timesteps:
+            raise SystemExit(f"{args.resume} is at step {first_step}: raise --total-timesteps.")
+
+    from torch.utils.tensorboard import SummaryWriter  # not above: workers import this file, too
+
+    run_dir = open_run_dir(args, args.env_id, "a3c_continuous")
+    writer = SummaryWriter(run_dir)
+    writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
+    save = partial(save_checkpoint, run_dir / "checkpoint.pt", args=asdict(args), **shared)
+    spawn = mp.get_context("spawn")
+    T, log = spawn.Value("q", first_step), spawn.Queue()
+    arguments = args, first_step, net, optimizer, T, log
+    return supervise(worker, arguments, args, T, log, writer, seconds, save, evaluate_now)
+
+
+if __name__ == "__main__":
+    print(main(tyro.cli(Args, description=__doc__)))
