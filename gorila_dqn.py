@@ -17,21 +17,25 @@
       '-----------------------------------------------'------- ParameterServerShard 1 ... K
 
 --replay local bundles an actor, a memory and a learner in one process, where they share one
-network; --replay global gives each a process of its own and all the same memory. At the paper's
+network; --replay global runs each in a process of its own, around one memory. At the paper's
 scale, on machines that Ray has joined (ray start; run folder on a disk that all of them see):
     python gorila_dqn.py --ray-address auto --num-actors 100 --num-learners 100 --num-shards 31
       --replay-capacity 100000000 --steps-per-update 1 --max-staleness 1000
+      --learning-starts 1 --pull-every 1
       --target-period 60000 --epsilon-updates 1000000
 
 Departures: ours (the paper's, or what is known of it)
     as many bundles as there are cores, 1 shard (100 bundles, 31 machines for the parameters)
     an update every 4 steps (every step); both sides wait for each other to keep that ratio
-    target network every 2,500 updates (60,000); exploration falls during 62,500 (1 million): both
-      count the updates of all learners, which are a hundredth here
+    target network every 2,500 updates (60,000), exploration falls during 62,500 (1 million): 10,000
+      and 250,000 steps here; a learner that restarts takes the current parameters as its target
+    actors fetch parameters every 100 steps within an episode, in a bundle with each minibatch, too
+      (every step); each shard judges by itself whether a gradient is too old (not told)
     a memory of 1 million steps shared out among the actors (1 million each), 50,000 of them before
       the first update (none)
     AdaGrad with learning rate 2e-3 and G = 1e-6 at the start, gradients at most 100 versions old
-      (not told); outliers 5 deviations above the mean ("several")
+      (not told); outliers 5 deviations above an exponential
+      mean, after 1,000 minibatches ("several", a running mean)
     TD errors clipped to [-1, 1] as in DQN 2015 (algorithm 1 writes the plain square)
     training episodes end with a life, no-op starts (the human starts were never published)
 
@@ -51,6 +55,7 @@ import socket
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -71,6 +76,7 @@ from gymnasium.wrappers import (
     TransformObservation,
 )
 from PIL import Image
+from ray.exceptions import ActorDiedError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,9 +90,9 @@ class Args:
     num_shards: int = 1  # slices of the parameters, each with its own server (paper: 31)
     replay: Literal["local", "global"] = "local"  # a memory in each bundle, or one for all
     replay_capacity: int = 1_000_000  # steps remembered, of all actors (paper: 1 M of each)
-    learning_starts: int = 50_000  # steps of all actors before the first update (paper: none)
+    learning_starts: int = 50_000  # steps of all actors before the first update (paper: none, so 1)
     steps_per_update: int = 4  # of the actors, for each minibatch of a learner (paper: 1)
-    pull_every: int = 100  # steps after which an actor fetches parameters within an episode
+    pull_every: int = 100  # steps between an actor's fetches within an episode (paper: 1)
     discount: float = 0.99  # gamma
     target_period: int = 2_500  # updates between two target networks (paper: 60,000)
     final_epsilon: float = 0.1  # exploration at the end of its fall from 1
@@ -781,7 +787,9 @@ class Gorila:
         states = self.wait([shard.state() for shard in self.shards])
         for k, state in enumerate(states):
             if self.recognise(f"shard {k}", state["pid"]):
-                tqdm.write(f"with the updates since its own checkpoint, {state['lost']} by now")
+                tqdm.write(
+                    f"shard {k} has lost {state['lost']} updates by now, all deaths together"
+                )
         self.counts["stale"] = max(state["stale"] for state in states)
         self.counts["lost_updates"] = self.lost_before + sum(state["lost"] for state in states)
         return states
@@ -869,6 +877,10 @@ def check_architecture(args: Args) -> None:
         raise SystemExit("--adagrad-start must be above 0: AdaGrad divides by its root.")
     if not 0 <= args.final_epsilon <= 1:
         raise SystemExit(f"--final-epsilon must lie between 0 and 1, not at {args.final_epsilon}.")
+    if args.steps_per_update > ROUND:
+        raise SystemExit(
+            f"--steps-per-update must be at most {ROUND}, not {args.steps_per_update}."
+        )
     least = max(args.learning_starts, 2 * ROUND * args.num_actors)
     if args.replay_capacity < least:
         raise SystemExit(
@@ -912,7 +924,7 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
     recent, finished = defaultdict(list), False
 
     def save(seconds: float) -> list[dict[str, Any]]:
-        """Put the shards' slices together; their versions may differ by what was under way."""
+        """Put the shards' slices together; versions may differ by what was under way or dropped."""
         states = gorila.inspect()
         write_parameters(np.concatenate([state["theta"] for state in states]), net)
         parts = {"net": net.state_dict(), "versions": [state["version"] for state in states]}
@@ -926,7 +938,7 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
         while not finished:
             gorila.attend(1.0)
             finished = gorila.counts["steps"] >= args.total_timesteps
-            while finished and gorila.rounds:  # then all shards are at one version
+            while finished and gorila.rounds:  # until nothing is under way
                 gorila.attend(1.0, go_on=False)
             step, now = gorila.counts["steps"], time.perf_counter()
             drain(gorila.log, recent)
@@ -962,12 +974,21 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
         if gorila:
-            save(seconds + time.perf_counter() - last_time)
+            with suppress(TimeoutError):  # then the last checkpoint has to do
+                save(seconds + time.perf_counter() - last_time)
         raise stopped(run_dir) from None
     except TimeoutError as error:
+        reason = str(error).strip().splitlines()[-1]
+        go_on = f"Go on with --resume {path}" if path.exists() else "Begin anew"
         raise SystemExit(
-            f"A process has not answered for {args.patience:g} seconds ({error}): the run stops. "
-            f"Go on with --resume {path}, or wait longer with --patience."
+            f"A process has not answered for {args.patience:g} seconds ({reason}): the run stops. "
+            f"{go_on}, or wait longer with --patience."
+        ) from None
+    except ActorDiedError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise SystemExit(
+            f"A process could not start ({reason}): every machine needs the game, {folder} and "
+            "room for the replay memory."
         ) from None
     finally:
         bar.close()
@@ -995,6 +1016,8 @@ def main(args: Args) -> dict[str, float]:
     start["G"] = torch.full((size,), args.adagrad_start)
     if args.resume:
         start = load_checkpoint(Path(args.resume), args, net, "env_id")
+        if not {"counts", "versions", "G", "seconds"} <= start.keys():
+            raise SystemExit(f"{args.resume} is another script's checkpoint, without counters.")
         step = start["counts"]["steps"]
         if step >= args.total_timesteps:
             raise SystemExit(f"{args.resume} is at step {step}: raise --total-timesteps.")

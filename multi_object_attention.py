@@ -16,7 +16,8 @@ Departures: ours (the paper's)
     context: the image shrunk to 24x24, 32 filters of 5x5, 3x3, 3x3, the last two with stride 2;
       tanh of their 512 outputs is both hidden part and cell of LSTM 2's first state (not told)
     emission and classifier have one hidden layer, the baseline is linear and trains itself alone
-    He's initialisation; G_loc's biases begin at 1, the baseline at 0 (not told)
+    He's initialisation, forget gates' biases begin at 1; G_loc's, too, the baseline at 0 (not told)
+    locations are clipped to the image; each direction has a classifier and baseline (not told)
     M = 1 path per image in training, 10 in evaluation, lambda = 1, 100 epochs (not told)
     pairs: 8 pieces of 8x8 pixels of other digits as clutter ("distraction noise"); digits of pairs
       and sums do not overlap, 10,000 of the 60,000 are held out (not told)
@@ -224,6 +225,13 @@ def initialise(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LSTMCell):
+        nn.init.kaiming_normal_(module.weight_ih, nonlinearity="linear")
+        for gate in module.weight_hh.detach().chunk(4):
+            nn.init.orthogonal_(gate)
+        nn.init.zeros_(module.bias_ih)
+        nn.init.zeros_(module.bias_hh)
+        nn.init.ones_(module.bias_hh.detach()[module.hidden_size : 2 * module.hidden_size])  # keep
 
 
 class Reading(NamedTuple):
@@ -923,7 +931,14 @@ def main(args: Args) -> dict[str, float]:
     torch.manual_seed(args.seed)
     device = choose_device(args.device)
     nets = make_networks(args).to(device)
-    data = load_data(args, device)
+    try:
+        return run(args, nets, load_data(args, device), device)
+    except KeyboardInterrupt:  # before or after training
+        raise SystemExit("Stopped.") from None
+
+
+def run(args: Args, nets: nn.ModuleList, data: Data, device: str) -> dict[str, float]:
+    """Train, or evaluate a checkpoint."""
 
     def evaluate_both() -> dict[str, float]:
         """On the test set, and on validation images for those who choose between runs."""
@@ -936,6 +951,7 @@ def main(args: Args) -> dict[str, float]:
     optimizer = kinds[args.optimizer](nets.parameters(), args.learning_rate)
     shaping = ("task", "model", "dataset", "context", "glimpse_policy", "forward_backward")
     shaping += ("patch_size", "num_scales", "num_glimpses", "location_unit")
+    shaping += ("svhn_size",) if args.model == "conv" else ()
     first_epoch, seconds = 1, 0.0
     if args.evaluate:
         load_checkpoint(Path(args.evaluate), args, nets, *shaping)
