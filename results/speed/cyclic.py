@@ -8,9 +8,11 @@
 At equal effective batch: a sliced network gets a quarter of the pictures and sees each four times.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from unittest.mock import MagicMock
 
 import torch
 import tyro
@@ -38,6 +40,8 @@ def training_step(net: nn.Module, pictures: int) -> Callable[[], None]:
 
 def steerable_network(fields: tuple[int, ...], hidden: int) -> nn.Module:
     """escnn's C4 network of regular fields in the places of our convolutions, then dense layers."""
+    for name in ("", ".representations", ".representations.SO3", ".representations.SO3.wigner_d"):
+        sys.modules["lie_learn" + name] = MagicMock()  # built for NumPy 1; C4 needs nothing of it
     from escnn import gspaces
     from escnn import nn as enn
 
