@@ -22,15 +22,16 @@
 Departures: ours (the paper's)
     no-op starts in evaluation (100 human starts): scores compare with those of your teacher alone
     losses are means over minibatches of 32 (sums over the data; minibatches not told)
-    RMSProp as DQN's, centred, 2.5e-4, epsilon 2.5e-4 / 0.08 (a variant, 1e-4 to 1e-3 with "maximum
-      learning rates" 1e-3 to 1e-1, which we take to be the rate divided by epsilon)
+    RMSProp centred, 2.5e-4, epsilon 2.5e-4 / 0.08 outside the root, for DQN, too (0.01 inside it;
+      students: a variant, 1e-4 to 1e-3 with "maximum learning rates" 1e-3 to 1e-1, which we take
+      to be the rate divided by epsilon)
     several games share the hour of a round equally; each is played by 8 games a process side by
       side, which go on in the next round (teachers take turns, by episodes)
     a minibatch comes from a game drawn at random, as in appendix A (section 3.3: in turns)
     today's action sets: Pong 6 (3), so output layers have other sizes than the paper's
     --online: the DQN, play and the student take turns by rounds (all at once); a high score is one
       of eval_episodes games after a round (not told); its best network is the teacher
-    the DQN's target network follows every 10,000 steps, a life ends its episodes (not told);
+    the DQN's target network follows every 10,000 steps of all its games (DQN 2015: updates);
       Multi-DQN: its games and their updates take turns ("evenly interleaved")
 
 Symbols: q teacher's Q-values; tau temperature; S student's outputs, logits of its policy; T steps;
@@ -836,6 +837,8 @@ def check_memory(args: Args, num_actions: list[int]) -> None:
 def check_stage(args: Args) -> None:
     """Combinations of flags that no run can have."""
     lanes = args.num_collectors * args.envs_per_collector
+    if not args.env_ids:
+        raise SystemExit("--env-ids needs at least one game.")
     if args.stage == "teacher" and (args.teachers or args.online):
         raise SystemExit("--teachers and --online belong to --stage distill.")
     if args.stage == "distill" and bool(args.teachers) == args.online:
@@ -851,8 +854,8 @@ def check_stage(args: Args) -> None:
         raise SystemExit("--temperature must be above 0; its limit at 0 is --loss nll.")
     if args.teacher_epsilon > 1 or args.final_epsilon > 1:
         raise SystemExit("--teacher-epsilon and --final-epsilon must be at most 1.")
-    if args.max_learning_rate == 0:
-        raise SystemExit("--max-learning-rate must be above 0.")
+    if args.learning_rate == 0 or args.max_learning_rate == 0:
+        raise SystemExit("--learning-rate and --max-learning-rate must be above 0.")
     if args.stage == "distill" and not 0 < lane_steps(args) <= args.memory_steps // lanes:
         raise SystemExit(
             f"--round-steps {args.round_steps} must give each of {lanes} games side by side a step "
@@ -1049,6 +1052,7 @@ def main(args: Args) -> dict[str, float]:
         if args.resume:
             shaping += ["online", "optimizer", "num_collectors", "envs_per_collector"]
             shaping += ["memory_steps", "dqn_memory_steps", "round_steps", "report_every"]
+            shaping += ["learning_rate", "max_learning_rate", "loss", "temperature"]
         checkpoint = load_checkpoint(path, args, net, *shaping)
         for teacher, theirs in zip(teachers, checkpoint.get("teachers", [])):
             teacher.load_state_dict(theirs)
@@ -1074,7 +1078,8 @@ def main(args: Args) -> dict[str, float]:
     from torch.utils.tensorboard import SummaryWriter  # not above: collectors import this, too
 
     check_memory(args, num_actions)
-    run_dir = open_run_dir(args, f"{'-'.join(args.env_ids)}-{args.stage}", "policy_distillation")
+    games = args.env_ids[0] if len(args.env_ids) == 1 else f"{len(args.env_ids)}-games"
+    run_dir = open_run_dir(args, f"{games}-{args.stage}", "policy_distillation")
     writer = SummaryWriter(run_dir)
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
     stage = train_teacher(net, args, run_dir / "memory", checkpoint)
