@@ -1,19 +1,37 @@
 """Draw every measured curve: results/SCRIPT/EXPERIMENT/*.csv -> curve.png beside them.
 
-    python results/plot.py
+    python results/plot.py              # all of them
+    python results/plot.py prong        # those whose folder has this in its name
 
-A folder holds one CSV per seed, each a run's metrics.csv (step, tag, value), possibly thinned.
-With several seeds the line is their mean and the band goes from the lowest to the highest.
+A folder holds one CSV per run, a metrics.csv (step, tag, value) that results/keep.py has thinned,
+named LABEL__seedN.csv, or seedN.csv where there is only one line to draw. A line is the mean over
+its seeds, its band goes from the lowest to the highest.
 """
 
 import csv
+import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 RESULTS = Path(__file__).parent
+
+
+class Axis(NamedTuple):
+    """What a curve is drawn against."""
+
+    label: str  # with its unit
+    unit: float = 1
+    tag: str = ""  # whose values they are; "": the steps themselves
+
+
+STEPS = Axis("agent steps (millions)", 1e6)
+UPDATES = Axis("updates (thousands)", 1e3)
+SECONDS = Axis("seconds", 1, "charts/seconds")
 
 
 @dataclass
@@ -22,11 +40,12 @@ class Experiment:
     title: str
     tag: str  # of the curve in metrics.csv
     y: str  # what it is, with its unit
-    x: str = "agent steps (millions)"
-    x_unit: float = 1e6
+    x: tuple[Axis, ...] = (STEPS,)  # one panel each
     paper: float | None = None  # drawn as a dashed line
     paper_label: str = ""
     window: int = 1  # reports averaged for a point
+    logarithmic: bool = False
+    limits: tuple[float, float] | None = None  # of y
 
 
 EXPERIMENTS = [
@@ -50,10 +69,12 @@ EXPERIMENTS = [
 
 
 def read(path: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one tag."""
+    """Steps and values of one tag; the steps of "" are their own values."""
     with open(path, newline="") as file:
         rows = [
-            (float(step), float(value)) for step, name, value in csv.reader(file) if name == tag
+            (float(step), float(step if tag == "" else value))
+            for step, name, value in csv.reader(file)
+            if tag in ("", name)
         ]
     steps, values = zip(*rows)
     return np.array(steps), np.array(values)
@@ -67,29 +88,48 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def draw(experiment: Experiment) -> None:
-    """curve.png in the experiment's folder."""
-    folder = RESULTS / experiment.folder
-    curves = [read(path, experiment.tag) for path in sorted(folder.glob("*.csv"))]
-    steps = np.unique(np.concatenate([steps for steps, _ in curves]))
-    steps = steps[steps <= min(s[-1] for s, _ in curves)]
-    values = [np.interp(steps, s, smooth(v, experiment.window)) for s, v in curves]
+def curve(path: Path, experiment: Experiment, x: Axis) -> tuple[np.ndarray, np.ndarray]:
+    """One run's points in the units of the figure."""
+    steps, values = read(path, experiment.tag)
+    known_at, known = read(path, x.tag)
+    return np.interp(steps, known_at, known) / x.unit, smooth(values, experiment.window)
 
-    figure, axis = plt.subplots(figsize=(6, 3.6))
-    axis.plot(steps / experiment.x_unit, np.mean(values, 0), label=f"ours, {len(curves)} seed(s)")
-    if len(values) > 1:
-        lowest, highest = np.min(values, 0), np.max(values, 0)
-        axis.fill_between(steps / experiment.x_unit, lowest, highest, alpha=0.2)
-    if experiment.paper is not None:
-        axis.axhline(experiment.paper, color="k", ls="--", lw=1, label=experiment.paper_label)
-    axis.set(title=experiment.title, xlabel=experiment.x, ylabel=experiment.y)
-    axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
+
+def draw(experiment: Experiment) -> Path:
+    """curve.png in the experiment's folder."""
+    folder, lines = RESULTS / experiment.folder, defaultdict(list)
+    for path in sorted(folder.glob("*seed*.csv")):
+        lines[path.stem.rpartition("seed")[0].rstrip("_")].append(path)
+
+    panels = len(experiment.x)
+    figure, axes = plt.subplots(1, panels, figsize=(6 if panels == 1 else 5 * panels, 3.6))
+    for axis, x in zip(np.atleast_1d(axes), experiment.x):
+        for label, paths in lines.items():
+            curves = [curve(path, experiment, x) for path in paths]
+            points = np.unique(np.concatenate([xs for xs, _ in curves]))
+            shared = (points >= max(xs[0] for xs, _ in curves)) & (
+                points <= min(xs[-1] for xs, _ in curves)
+            )
+            points = points[shared]
+            values = [np.interp(points, xs, ys) for xs, ys in curves]
+            seeds = f"{len(curves)} seed" + "s" * (len(curves) > 1)
+            axis.plot(points, np.mean(values, 0), label=f"{label or 'ours'}, {seeds}")
+            if len(curves) > 1:
+                axis.fill_between(points, np.min(values, 0), np.max(values, 0), alpha=0.2)
+        if experiment.paper is not None:
+            axis.axhline(experiment.paper, color="k", ls="--", lw=1, label=experiment.paper_label)
+        axis.set(xlabel=x.label, ylabel=experiment.y, ylim=experiment.limits)
+        if experiment.logarithmic:
+            axis.set_yscale("log")
+        axis.spines[["top", "right"]].set_visible(False)
+    np.atleast_1d(axes)[0].legend(frameon=False)
+    figure.suptitle(experiment.title, fontsize=11)
     figure.savefig(folder / "curve.png", dpi=110, bbox_inches="tight")
     plt.close(figure)
+    return folder / "curve.png"
 
 
 if __name__ == "__main__":
     for experiment in EXPERIMENTS:
-        draw(experiment)
-        print(RESULTS / experiment.folder / "curve.png")
+        if all(name in experiment.folder for name in sys.argv[1:]):
+            print(draw(experiment))
