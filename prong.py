@@ -8,6 +8,7 @@
 Departures: ours (the paper's, its first version of arXiv)
     algorithm 1 with the signs that equation 6 demands (as printed it changes the function)
     whitened by the covariance (section 3 writes E[h h^T]); epsilon 0.01 (searched, in a figure)
+    U symmetric, E diag(.) E^T (equation 7: diag(.) E^T, which makes the same steps in W)
     prong+: batch normalisation after each whitened layer but the last (one of two descriptions of
       it). It removes constants, so c = 0 there; batchnorm, too, leaves the last layer as it is
     convolutions see zeros outside the image, whitened like any other pixel (not told)
@@ -87,17 +88,38 @@ class Args:
 # ---- The method ---------------------------------------------------------------------------------
 
 
-def whitening(h: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """U, its inverse, c and the eigenvalues lambda from samples h [N, n] (equation 7), as float64.
+class Whitening(NamedTuple):
+    """h -> U (h - c) with the symmetric U = scale (I + E diag(gain) E^T), kept in factors.
 
-    U (h - c) has the covariance diag(lambda / (lambda + epsilon)).
+    N samples know r < N directions; U treats all others alike and costs 2 r n instead of n^2.
+    """
+
+    c: Tensor  # [n]
+    E: Tensor  # [n, r], its columns are orthonormal
+    gain: Tensor  # [r]
+    scale: Tensor  # []
+
+    def times(self, x: Tensor) -> Tensor:
+        """x U for rows x [..., n]."""
+        return self.scale * (x + (x @ self.E * self.gain) @ self.E.T)
+
+    def inverse_times(self, x: Tensor) -> Tensor:
+        """x U^-1 for rows x [..., n]."""
+        return (x + (x @ self.E * (1 / (1 + self.gain) - 1)) @ self.E.T) / self.scale
+
+
+def whitening(h: Tensor, epsilon: float) -> tuple[Whitening, Tensor]:
+    """U = (Sigma + epsilon)^-1/2 and c from samples h [N, n] (equation 7), as float64.
+
+    Also the min(N, n) largest eigenvalues lambda of their covariance Sigma; U leaves of each
+    lambda / (lambda + epsilon).
     """
     h = h.double()
     c = h.mean(0)
-    lambda_, E = torch.linalg.eigh((h - c).T @ (h - c) / len(h))  # ascending; columns of E
-    lambda_ = lambda_.clamp(min=0)  # rounding makes zeros negative
-    deviation = (lambda_ + epsilon).sqrt()
-    return (E / deviation).T, E * deviation, c, lambda_
+    _, deviation, E_T = torch.linalg.svd((h - c) / math.sqrt(len(h)), full_matrices=False)
+    lambda_ = deviation.square()
+    gain = (epsilon / (lambda_ + epsilon)).sqrt() - 1
+    return Whitening(c, E_T.T, gain, torch.tensor(epsilon**-0.5).to(h)), lambda_
 
 
 def seen_by(W: Tensor, c: Tensor) -> Tensor:
@@ -105,26 +127,29 @@ def seen_by(W: Tensor, c: Tensor) -> Tensor:
     return W.reshape(*W.shape[:2], -1).sum(-1) @ c
 
 
-def canonical(V: Tensor, d: Tensor, U: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def canonical(V: Tensor, d: Tensor, white: Whitening) -> tuple[Tensor, Tensor]:
     """W = V U, b = d - W c: the same layer without whitening (algorithm 1, line 7, mended)."""
-    W = torch.einsum("mi...,in->mn...", V, U)
-    return W, d - seen_by(W, c)
+    W = white.times(V.movedim(1, -1)).movedim(-1, 1)
+    return W, d - seen_by(W, white.c)
 
 
-def whitened(W: Tensor, b: Tensor, U_inverse: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def whitened(W: Tensor, b: Tensor, white: Whitening) -> tuple[Tensor, Tensor]:
     """V = W U^-1, d = b + W c: the same layer under another whitening (line 10, mended)."""
-    V = torch.einsum("mi...,in->mn...", W, U_inverse)
-    return V, b + seen_by(W, c)
+    V = white.inverse_times(W.movedim(1, -1)).movedim(-1, 1)
+    return V, b + seen_by(W, white.c)
 
 
 class WhitenedLayer(nn.Module):
     """z = V U (h - c) + d (equation 6), dense or, with a kernel, a convolution of the same size.
 
     A convolution is whitened across channels, pixel by pixel, as by a 1x1 convolution before it
-    (section 4.3). Methods that do not whiten have no U; batchnorm and prong+ normalise z.
+    (section 4.3). Methods that do not whiten have no U; batchnorm and prong+ normalise z. rank is
+    the number of directions that U can tell apart.
     """
 
-    def __init__(self, n: int, m: int, kernel_size: int, method: Method, last: bool = False):
+    def __init__(
+        self, n: int, m: int, kernel_size: int, method: Method, rank: int, last: bool = False
+    ):
         super().__init__()
         normalised = method in ("batchnorm", "prong+") and not last
         layer = nn.Conv2d(n, m, kernel_size) if kernel_size else nn.Linear(n, m)
@@ -132,20 +157,28 @@ class WhitenedLayer(nn.Module):
         self.normalise = norm(m) if normalised else nn.Identity()
         self.V, self.d = layer.weight, None if normalised else layer.bias  # norm has its own shift
         self.is_whitened = method in ("prong", "prong+")
-        self.register_buffer("U", torch.eye(n) if self.is_whitened else None)
-        self.register_buffer("c", torch.zeros(n) if self.is_whitened else None)
+        if self.is_whitened:  # at first U = I
+            r = min(n, rank)
+            identity = Whitening(torch.zeros(n), torch.zeros(n, r), torch.zeros(r), torch.ones(()))
+            for name, part in identity._asdict().items():
+                self.register_buffer(name, part)
+
+    @property
+    def white(self) -> Whitening:
+        return Whitening(self.c, self.E, self.gain, self.scale)
 
     def whiten(self, h: Tensor) -> Tensor:
         """U (h - c) of an input [N, n]."""
-        return F.linear(h - self.c, self.U) if self.is_whitened else h
+        return self.white.times(h - self.c) if self.is_whitened else h
 
     def forward(self, h: Tensor) -> Tensor:
         if self.V.dim() == 2:
             return self.normalise(F.linear(self.whiten(h), self.V, self.d))
         d = self.d
         if self.is_whitened:  # beyond the border h is 0 and U (h - c) is not: hence c goes into d
-            h = F.conv2d(h, self.U[:, :, None, None])
-            d = d if d is None else d - seen_by(self.V, self.U @ self.c)
+            U = self.white.times(torch.eye(len(self.c)).to(h))
+            h = F.conv2d(h, U[:, :, None, None])
+            d = d if d is None else d - seen_by(self.V, U @ self.c)
         return self.normalise(F.conv2d(h, self.V, d, padding="same"))
 
 
@@ -174,15 +207,16 @@ def rewhiten(net: nn.Module, x: Tensor, optimizer: torch.optim.SGD, args: Args) 
         optimizer.state.clear()
     spectra = []
     for layer, h in layer_inputs(net, x).items():
-        U, U_inverse, c, lambda_ = whitening(h, args.epsilon)
+        white, lambda_ = whitening(h, args.epsilon)
         if layer.d is None:
-            c = torch.zeros_like(c)
+            white = white._replace(c=torch.zeros_like(white.c))
 
-        def move(V: Tensor, d: Tensor | None, layer=layer, U_inverse=U_inverse, c=c) -> None:
+        def move(V: Tensor, d: Tensor | None, layer=layer, white=white) -> None:
             """From the layer's present basis to the new one, in place."""
             shift = torch.zeros(len(V)).to(V) if d is None else d
-            W, b = canonical(V.double(), shift.double(), layer.U.double(), layer.c.double())
-            for old, new in zip((V, shift), whitened(W, b, U_inverse, c)):
+            present = Whitening(*(part.double() for part in layer.white))
+            W, b = canonical(V.double(), shift.double(), present)
+            for old, new in zip((V, shift), whitened(W, b, white)):
                 old.copy_(new)
 
         move(layer.V, layer.d)
@@ -190,8 +224,8 @@ def rewhiten(net: nn.Module, x: Tensor, optimizer: torch.optim.SGD, args: Args) 
             # a velocity is a displacement of (V, d), and the change of basis is linear
             of_d = None if layer.d is None else optimizer.state[layer.d]["momentum_buffer"]
             move(velocity["momentum_buffer"], of_d)
-        layer.U.copy_(U)
-        layer.c.copy_(c)
+        for old, new in zip(layer.white, white):
+            old.zero_()[tuple(map(slice, new.shape))] = new  # fewer samples than rank leave zeros
         spectra.append(lambda_.cpu())
     return spectra
 
@@ -237,26 +271,28 @@ def condition_number(F_: Tensor) -> float:
     return (lambda_[-1] / lambda_[0].clamp(min=smallest)).item()
 
 
-def dense_network(widths: Sequence[int], activation: Callable, method: Method) -> nn.Sequential:
+def dense_network(
+    widths: Sequence[int], activation: Callable, method: Method, rank: int
+) -> nn.Sequential:
     """Whitened layers with the activation between them."""
     layers = []
     for i, (n, m) in enumerate(itertools.pairwise(widths), start=1):
         last = i == len(widths) - 1
-        layers += [WhitenedLayer(n, m, 0, method, last)] + [activation()] * (not last)
+        layers += [WhitenedLayer(n, m, 0, method, rank, last)] + [activation()] * (not last)
     return nn.Sequential(*layers)
 
 
-def autoencoder(method: Method) -> nn.Sequential:
+def autoencoder(method: Method, rank: int) -> nn.Sequential:
     """784-1000-500-250-30 and back, logits of the pixels (section 4.2)."""
     widths = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
-    return dense_network(widths, nn.Sigmoid, method)
+    return dense_network(widths, nn.Sigmoid, method, rank)
 
 
 def convolutional_network(method: Method) -> nn.Sequential:
     """Eight 3x3 convolutions, pooled after every second; the last scores (section 4.3)."""
     widths, layers = [3, 64, 64, 128, 128, 256, 256, 512, 10], []
     for i, (n, m) in enumerate(itertools.pairwise(widths), start=1):
-        layers += [WhitenedLayer(n, m, 3, method, last=i == 8)] + [nn.ReLU()] * (i < 8)
+        layers += [WhitenedLayer(n, m, 3, method, rank=n, last=i == 8)] + [nn.ReLU()] * (i < 8)
         layers += [nn.MaxPool2d(2)] * (i in (2, 4, 6))
     return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
 
@@ -421,11 +457,11 @@ def make_task(args: Args, device: str) -> Task:
     else:
         load = {"mnist": partial(load_mnist, args.data_dir), "digits": load_digits}[args.dataset]
         (x, y), test = load("train"), load("t10k")
-        held_out = {"test": test}
+        held_out, rank = {"test": test}, args.whitening_samples
         if args.task == "autoencoder":
-            net, loss, size = autoencoder(args.method), reconstruction_loss, 28
+            net, loss, size = autoencoder(args.method, rank), reconstruction_loss, 28
         else:
-            net = dense_network([100, 20, 20, 10], nn.Tanh, args.method)
+            net = dense_network([100, 20, 20, 10], nn.Tanh, args.method, rank)
             loss, size = classification_loss, 10
 
         def prepare(x: Tensor, training: bool) -> Tensor:
@@ -609,7 +645,7 @@ def draw_spectra(spectra: list[Tensor], epsilon: float, path: Path) -> None:
     """Eigenvalues of each layer's input: as they are, and as the whitening leaves them."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharex=True)
     for i, lambda_ in enumerate(spectra, start=1):
-        lambda_ = lambda_.flip(0).numpy()
+        lambda_ = lambda_.numpy()
         axes[0].semilogy(np.maximum(lambda_, 1e-12), label=f"layer {i}")
         axes[1].plot(lambda_ / (lambda_ + epsilon))
     axes[0].set(xlabel="direction", ylabel="variance before", title="input of the layer")
@@ -704,13 +740,14 @@ def main(args: Args) -> dict[str, float]:
     net, optimizer = task.net, make_optimizer(task.net, args)
     waterfall = Waterfall(optimizer)
     shaping = ["task", "method"] + ["dataset"] * (args.task != "cifar10")
+    shaping += ["whitening_samples"] * args.method.startswith("prong")
     t, seconds, whitening_seconds = 0, 0.0, 0.0
     if args.evaluate:
         load_checkpoint(Path(args.evaluate), args, net, *shaping)
         return evaluate(task, args)
     if args.resume:
         kept = {"batch_size", "seed", "epsilon", "momentum", "momentum_decay", "learning_rate"}
-        kept |= {"whitening_period", "whitening_samples", "rmsprop_decay", "rmsprop_eps"}
+        kept |= {"whitening_period", "rmsprop_decay", "rmsprop_eps"}
         checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, *sorted(kept))
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])

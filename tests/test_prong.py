@@ -27,12 +27,13 @@ TINY = {"dataset": "digits", "report_every": 20, "whitening_period": 20, "total_
 
 def small(method="prong", seed=0, widths=(6, 5, 4, 3)):
     torch.manual_seed(seed)
-    return prong.dense_network(widths, nn.Tanh, method).double()
+    return prong.dense_network(widths, nn.Tanh, method, rank=100).double()
 
 
 def convolutions(method="prong"):
     torch.manual_seed(0)
-    layers = [WhitenedLayer(3, 5, 3, method), nn.ReLU(), WhitenedLayer(5, 4, 3, method, last=True)]
+    first, last = (3, 5, 3, method, 3), (5, 4, 3, method, 5)
+    layers = WhitenedLayer(*first), nn.ReLU(), WhitenedLayer(*last, last=True)
     return nn.Sequential(*layers).double()
 
 
@@ -64,14 +65,16 @@ def train_a_little(net, optimizer, x, steps=3):
 @pytest.mark.parametrize("epsilon", [1e-3, 0.1, 1.0])
 def test_math_whitening_gives_the_covariance_of_the_paper(epsilon):
     h = correlated()
-    U, U_inverse, c, lambda_ = prong.whitening(h, epsilon)
-    z = (h - c) @ U.T
-    covariance = np.cov(z.numpy().T, bias=True)
-    expected = torch.diag(lambda_ / (lambda_ + epsilon)).numpy()
+    white, lambda_ = prong.whitening(h, epsilon)
+    z, U = white.times(h - white.c), white.times(torch.eye(6, dtype=torch.float64))
+    sigma = torch.from_numpy(np.cov(h.numpy().T, bias=True))
+    values, vectors = torch.linalg.eigh(sigma)
+    torch.testing.assert_close(lambda_.flip(0), values)
+    covariance = np.cov((z @ vectors).numpy().T, bias=True)  # in the directions of Sigma
+    expected = torch.diag(values / (values + epsilon)).numpy()
     np.testing.assert_allclose(covariance, expected, atol=1e-8)
     np.testing.assert_allclose(z.mean(0), 0, atol=1e-8)
-    torch.testing.assert_close(U @ U_inverse, torch.eye(6, dtype=torch.float64))
-    sigma = torch.from_numpy(np.cov(h.numpy().T, bias=True))
+    torch.testing.assert_close(white.inverse_times(U), torch.eye(6, dtype=torch.float64))
     inverse = torch.linalg.inv(sigma + epsilon * torch.eye(6, dtype=torch.float64))
     torch.testing.assert_close(U.T @ U, inverse)
 
@@ -79,11 +82,31 @@ def test_math_whitening_gives_the_covariance_of_the_paper(epsilon):
 def test_math_too_few_samples_and_constant_inputs_stay_finite():
     h = correlated(N=3)
     h[:, 2] = 0.25
-    for parts in prong.whitening(h, 1e-3):
-        assert torch.isfinite(parts).all()
-    U, U_inverse, *_ = prong.whitening(h.float(), 1e-3)
-    assert U.dtype == torch.float64 and U.abs().max() <= 1e-3**-0.5 * 1.001
-    torch.testing.assert_close(U_inverse @ U, torch.eye(6, dtype=torch.float64))
+    white, lambda_ = prong.whitening(h.float(), 1e-3)
+    for part in (*white, lambda_):
+        assert torch.isfinite(part).all() and part.dtype == torch.float64
+    assert white.E.shape == (6, 3)  # three directions, and one gain for all others
+    U = white.times(torch.eye(6, dtype=torch.float64))
+    assert U.abs().max() <= 1e-3**-0.5 * 1.001
+    torch.testing.assert_close(U, U.T)
+    torch.testing.assert_close(white.inverse_times(U), torch.eye(6, dtype=torch.float64))
+    sigma = torch.from_numpy(np.cov(h.float().numpy().T, bias=True))
+    inverse = torch.linalg.inv(sigma + 1e-3 * torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(U @ U, inverse)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3, 3)])
+def test_math_weights_times_U_and_back(shape):
+    """Against the product written out, for matrices and kernels."""
+    h, V = correlated(N=4), torch.randn(shape, dtype=torch.float64)
+    white, _ = prong.whitening(h, 0.1)
+    U = white.times(torch.eye(6, dtype=torch.float64))
+    W, b = prong.canonical(V, torch.ones(4).double(), white)
+    torch.testing.assert_close(W, torch.einsum("mi...,in->mn...", V, U))
+    torch.testing.assert_close(b, 1 - torch.einsum("mi...,i->m", W, white.c))
+    V_, d = prong.whitened(W, b, white)
+    torch.testing.assert_close(V_, V)
+    torch.testing.assert_close(d, torch.ones(4).double())
 
 
 @pytest.mark.parametrize("momentum", ["reset", "carry"])
@@ -105,8 +128,16 @@ def test_math_a_projection_does_not_change_the_function(make, x, method, momentu
         net.train()
         train_a_little(net, optimizer, x)
     first = net[0]
-    assert not torch.equal(first.U, torch.eye(len(first.U)).double())
+    assert first.gain.abs().min() > 0.1  # it is not the identity
     assert (first.c == 0).all() == (method == "prong+")  # a normalised layer needs no centre
+
+
+def test_math_a_projection_from_fewer_samples_than_the_last_does_not_change_the_function():
+    net, x = small(), correlated()
+    args, before = Args(epsilon=1e-2), net(x)
+    for N in (50, 3, 4):
+        prong.rewhiten(net, x[:N], sgd(net, args), args)
+        torch.testing.assert_close(net(x), before, rtol=0, atol=1e-8)
 
 
 def test_math_whitened_layers_see_zeros_outside_the_image():
@@ -116,7 +147,7 @@ def test_math_whitened_layers_see_zeros_outside_the_image():
     args = Args(epsilon=1e-2)
     prong.rewhiten(net, x, sgd(net, args), args)
     torch.testing.assert_close(net(x), expected, atol=1e-10, rtol=0)
-    W_, b_ = prong.canonical(net.V, net.d, net.U, net.c)
+    W_, b_ = prong.canonical(net.V, net.d, net.white)
     torch.testing.assert_close(W_, W)
     torch.testing.assert_close(b_, b)
     pixels = net.whiten(x.movedim(1, -1).flatten(0, -2))
@@ -149,7 +180,7 @@ def test_math_momentum_at_a_whitening(momentum):
 
     def velocity():
         V, d = (optimizer.state[p].get("momentum_buffer") for p in (layer.V, layer.d))
-        return None if V is None else prong.canonical(V, d, layer.U, layer.c)
+        return None if V is None else prong.canonical(V, d, layer.white)
 
     before = velocity()
     assert before[0].abs().max() > 0
@@ -185,7 +216,7 @@ def test_gradient_one_step_is_the_preconditioned_canonical_one():
     c = h.mean(0)
     sigma = (h - c).T @ (h - c) / 200
     step = -0.1 * delta.T @ (h - c) @ torch.linalg.inv(sigma + 0.05 * torch.eye(6))
-    W_, b_ = prong.canonical(layer.V, layer.d, layer.U, layer.c)
+    W_, b_ = prong.canonical(layer.V, layer.d, layer.white)
     torch.testing.assert_close(W_, W + step)
     torch.testing.assert_close(b_, b - 0.1 * delta.sum(0) - step @ c)
 
@@ -204,7 +235,7 @@ def test_gradient_for_small_epsilon_it_is_the_natural_gradient_with_white_deriva
     h1, theta = torch.cat([h, ones], 1), torch.cat([W, b[:, None]], 1)
     gradient = (h1 @ theta.T - target).T @ h1 / 200
     expected = theta - gradient @ torch.linalg.inv(h1.T @ h1 / 200)
-    W_, b_ = prong.canonical(layer.V, layer.d, layer.U, layer.c)
+    W_, b_ = prong.canonical(layer.V, layer.d, layer.white)
     torch.testing.assert_close(torch.cat([W_, b_[:, None]], 1), expected, atol=1e-6, rtol=1e-6)
 
 
@@ -236,7 +267,7 @@ def test_math_without_whitening_it_is_gradient_descent_bit_for_bit(task, tmp_pat
 
 def test_math_batch_normalisation_is_that_of_torch():
     torch.manual_seed(0)
-    layer, x = WhitenedLayer(6, 4, 0, "prong+").double(), correlated()
+    layer, x = WhitenedLayer(6, 4, 0, "prong+", 6).double(), correlated()
     W = layer.V.detach().clone()
     prong.rewhiten(layer, x, sgd(layer, Args()), Args())
     expected = F.batch_norm(x @ W.T, None, None, training=True)
@@ -283,10 +314,11 @@ def test_math_condition_number():
 
 
 def test_math_networks_have_the_papers_sizes():
-    net = prong.autoencoder("prong")
+    net = prong.autoencoder("prong", 100)
     layers = [layer for layer in net if isinstance(layer, WhitenedLayer)]
     assert [len(layer.V) for layer in layers] == [1000, 500, 250, 30, 250, 500, 1000, 784]
-    assert [len(layer.U) for layer in layers] == [784, 1000, 500, 250, 30, 250, 500, 1000]
+    assert [len(layer.c) for layer in layers] == [784, 1000, 500, 250, 30, 250, 500, 1000]
+    assert [len(layer.gain) for layer in layers] == [100, 100, 100, 100, 30, 100, 100, 100]
     assert sum(isinstance(layer, nn.Sigmoid) for layer in net) == 7
     net = prong.convolutional_network("batchnorm")
     sizes = [tuple(layer.V.shape) for layer in net if isinstance(layer, WhitenedLayer)]
@@ -425,8 +457,8 @@ def test_learns_from_cifar_and_anneals_and_goes_on_bit_for_bit(method, tmp_path,
     seen = []
 
     def small_net(method):
-        layers = [WhitenedLayer(3, 4, 3, method), nn.ReLU(), nn.MaxPool2d(8)]
-        layers += [WhitenedLayer(4, 10, 3, method, last=True), nn.AdaptiveMaxPool2d(1)]
+        layers = [WhitenedLayer(3, 4, 3, method, 3), nn.ReLU(), nn.MaxPool2d(8)]
+        layers += [WhitenedLayer(4, 10, 3, method, 4, last=True), nn.AdaptiveMaxPool2d(1)]
         return nn.Sequential(*layers, nn.Flatten())
 
     monkeypatch.setattr(prong, "convolutional_network", small_net)
@@ -461,7 +493,7 @@ def test_math_methods_begin_alike_and_see_the_same_minibatches(tmp_path, monkeyp
     first = {}
     for method in ("sgd", "batchnorm", "prong", "prong+"):
         torch.manual_seed(0)
-        first[method] = prong.dense_network([6, 5, 4], nn.Tanh, method)[0].V
+        first[method] = prong.dense_network([6, 5, 4], nn.Tanh, method, 6)[0].V
         args = Args(task="autoencoder", method=method, **TINY | {"total_iterations": 2})
         prong.main(dataclasses.replace(args, batch_size=4, run_dir=str(tmp_path / method)))
     for method in first:
@@ -540,6 +572,8 @@ def test_bad_input_other_method(tmp_path):
     checkpoint = str(tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match="was made with method=prong, not with method=sgd"):
         prong.main(dataclasses.replace(args, method="sgd", evaluate=checkpoint))
+    with pytest.raises(SystemExit, match="whitening_samples=100, not with whitening_samples=50"):
+        prong.main(dataclasses.replace(args, whitening_samples=50, evaluate=checkpoint))
     with pytest.raises(SystemExit, match="raise --total-iterations"):
         prong.main(dataclasses.replace(args, resume=checkpoint, run_dir=""))
 

@@ -35,7 +35,7 @@ def make(args: Args, method: str) -> tuple[prong.Task, torch.optim.Optimizer, pr
     settings = prong.Args(method=method, batch_size=args.batch_size, learning_rate=1e-4)
     images, labels = torch.randint(256, (1000, 28, 28)), torch.randint(10, (1000,))
     task = prong.Task(
-        net=prong.autoencoder(method),
+        net=prong.autoencoder(method, settings.whitening_samples),
         x=images.byte(),
         y=labels,
         prepare=lambda x, training: (x / 255).flatten(1),
