@@ -14,7 +14,8 @@ Departures: ours (the paper's); those of the first line are the authors' later a
     learning rate 7e-4 (searched per game), RMSProp's epsilon 0.1, gradient norm 40 (not told)
     gradient of V: (R - V) / 2, again a later answer (2 (R - V))
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
-    rewards clipped to [-1, 1], training episodes end with a life, 108,000 frames a game (not told)
+    g begins at 0, rewards are clipped to [-1, 1], training episodes end with a life, games after
+      108,000 frames (not told)
     up to 30 no-ops before a game (tables: human starts); no GPU, that being the paper's point
     today's action sets: Pong 6 (3); sticky actions with ALE/*-v5 ids (none)
     K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
@@ -76,6 +77,7 @@ class Args:
     learning_rate: float = 7e-4  # at the start; falls linearly to 0
     rmsprop_decay: float = 0.99  # of the running squared gradient g
     rmsprop_eps: float = 0.1  # inside the root
+    rmsprop_start: float = 0.0  # of g; ports to TensorFlow, whose eps is 1e-5, begin at 1
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
     # The run
     report_every: int = 50_000  # steps between two reports, each with a checkpoint
@@ -588,6 +590,8 @@ def main(args: Args) -> dict[str, float]:
     num_actions = make_env(args.env_id).action_space.n
     net = ActorCritic(num_actions, args.network, args.lstm).share_memory()
     optimizer = SharedRMSProp(list(net.parameters()), args.rmsprop_decay, args.rmsprop_eps)
+    for g in optimizer.g:
+        g.fill_(args.rmsprop_start)
     shared = {"net": net.state_dict(), "g": optimizer.g}  # views of what the workers change
 
     def evaluate_now(step: int, watch: Callable) -> dict[str, float]:
