@@ -33,11 +33,12 @@ import gymnasium as gym
 import torch
 import torch.multiprocessing as mp
 import tyro
+from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import policy_distillation
-from policy_distillation import STUDENTS, DeepQNetwork, ScreenMemory, StudentNetwork
+from policy_distillation import SIZES, GameNetwork, ScreenMemory
 
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banners
 
@@ -83,7 +84,7 @@ def emulator_worker(rank: int, env_id: str, T) -> None:
 def measure_processes(role: Callable, arguments: tuple, T, args: Args) -> float:
     """Steps per second of role(rank, *arguments), from fresh processes to none left."""
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for this process alone
-    with patch.dict(os.environ, policy_distillation.KEEP_MEMORY):  # as distill does
+    with patch.dict(os.environ, policy_distillation.KEEP_MEMORY):  # as collectors_at_work does
         workers = mp.spawn(role, arguments, args.num_processes, join=False)
     signal.signal(signal.SIGINT, on_ctrl_c)
     try:
@@ -104,18 +105,31 @@ def emulator(args: Args) -> float:
     return measure_processes(emulator_worker, (args.env_id, T), T, args)
 
 
+def counted_collector(rank: int, T, *arguments) -> None:
+    """A collector of policy_distillation.py; T counts the steps that it keeps."""
+    write = ScreenMemory.write
+
+    def count_and_write(memory: ScreenMemory, lanes: slice, t: int, s: torch.Tensor, *rest) -> None:
+        write(memory, lanes, t, s, *rest)
+        with T.get_lock():
+            T.value += len(s)
+
+    with patch.object(ScreenMemory, "write", count_and_write):
+        policy_distillation.collector(rank, *arguments)
+
+
 def collection(args: Args) -> float:
     """The collectors of policy_distillation.py with what its distill gives them, round by round."""
-    spawn, seeds = mp.get_context("spawn"), range(args.envs_per_collector)
+    spawn = mp.get_context("spawn")
     given = {"num_collectors": args.num_processes, "envs_per_collector": args.envs_per_collector}
     settings = policy_distillation.Args(env_ids=(args.env_id,), memory_steps=20_000, **given)
     settings.round_steps = settings.memory_steps
-    teacher = DeepQNetwork(policy_distillation.make_env(args.env_id).action_space.n).share_memory()
-    states = [[[(100 * rank + seed, []) for seed in seeds]] for rank in range(args.num_processes)]
+    num_actions = [policy_distillation.make_env(args.env_id).action_space.n]
+    teachers = nn.ModuleList([GameNetwork(SIZES["same"], num_actions)]).share_memory()
     wanted, T, log = spawn.Value("q", 10**9), spawn.Value("q", 0), spawn.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = settings, Path(folder, "memory"), [teacher], states, 0, wanted, T, log
-        return measure_processes(policy_distillation.collector, arguments, T, args)
+        arguments = T, settings, Path(folder, "memory"), teachers, None, 0, wanted, log
+        return measure_processes(counted_collector, arguments, T, args)
 
 
 # ---- Those that learn or decide -----------------------------------------------------------------
@@ -136,7 +150,7 @@ def measure_calls(call: Callable, seconds: float) -> float:
 def updates(student: str, args: Args) -> float:
     """Updates per second of a student, sampling from memory included."""
     settings = policy_distillation.Args(env_ids=(args.env_id,), round_updates=10)
-    net = StudentNetwork(STUDENTS[student], [6])
+    net = GameNetwork(SIZES[student], [6])
     optimizer = policy_distillation.choose_optimizer(net, settings)
     with tempfile.TemporaryDirectory() as folder:
         memory = ScreenMemory(Path(folder, "memory"), lanes=1, capacity=5000, spare=0, width=6)
@@ -148,7 +162,7 @@ def updates(student: str, args: Args) -> float:
         return settings.round_updates * measure_calls(call, args.seconds)
 
 
-def decisions(net: torch.nn.Module, args: Args) -> float:
+def decisions(net: nn.Module, args: Args) -> float:
     """Forward passes of a single screen per second."""
     s = torch.randint(0, 256, (1, 84, 84, 4), dtype=torch.uint8)
     with torch.no_grad():
@@ -157,8 +171,8 @@ def decisions(net: torch.nn.Module, args: Args) -> float:
 
 def contenders() -> dict[str, list[Contender]]:
     """A table by its unit; the first of each is what the others are compared with."""
-    teacher = DeepQNetwork(6)
-    students = {name: StudentNetwork(STUDENTS[name], [6]) for name in ("net1", "net2", "net3")}
+    teacher = GameNetwork(SIZES["same"], [6])
+    students = {name: GameNetwork(SIZES[name], [6]) for name in ("net1", "net2", "net3")}
     size = {name: f"{name}, {kilobytes(net):,.0f} kB" for name, net in students.items()}
     return {
         "steps/s": [
@@ -176,7 +190,7 @@ def contenders() -> dict[str, list[Contender]]:
     }
 
 
-def kilobytes(net: torch.nn.Module) -> float:
+def kilobytes(net: nn.Module) -> float:
     """On disk."""
     file = io.BytesIO()
     torch.save(net.state_dict(), file)
