@@ -4,6 +4,9 @@
     Shows    whitened layers need several times fewer updates than gradient descent (figure 3)
     Run      python prong.py --task autoencoder --method prong
     Result   not yet measured
+    Run      python prong.py --task fisher --total-iterations 5000 --report-every 100
+    Result   99.9993 % lower condition number at the end (mean of seeds 1 to 3; sgd 99.98, rmsprop
+               99.997) in 11 s on one core of an AMD EPYC; paper: more than 95 % lower
 
 Departures: ours (the paper's, its first version of arXiv)
     algorithm 1 with the signs that equation 6 demands (as printed it changes the function)

@@ -65,6 +65,14 @@ EXPERIMENTS = [
         y="score of a training game",
         window=3,
     ),
+    Experiment(
+        folder="prong/fisher",
+        title="PRONG: the middle layer's Fisher matrix while a tanh network learns digits",
+        tag="eval/condition",
+        y="condition number",
+        x=(UPDATES,),
+        logarithmic=True,
+    ),
 ]
 
 
@@ -118,9 +126,11 @@ def draw(experiment: Experiment) -> Path:
                 axis.fill_between(points, np.min(values, 0), np.max(values, 0), alpha=0.2)
         if experiment.paper is not None:
             axis.axhline(experiment.paper, color="k", ls="--", lw=1, label=experiment.paper_label)
-        axis.set(xlabel=x.label, ylabel=experiment.y, ylim=experiment.limits)
+        axis.set(xlabel=x.label, ylabel=experiment.y)
         if experiment.logarithmic:
             axis.set_yscale("log")
+        if experiment.limits:
+            axis.set_ylim(experiment.limits)
         axis.spines[["top", "right"]].set_visible(False)
     np.atleast_1d(axes)[0].legend(frameon=False)
     figure.suptitle(experiment.title, fontsize=11)
