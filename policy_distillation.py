@@ -5,18 +5,53 @@
                one student of several games beats a DQN trained on all of them (table B2)
     Run      python policy_distillation.py --stage teacher --env-ids PongNoFrameskip-v4
                --total-timesteps 1000000 --epsilon-timesteps 100000 --final-epsilon 0.01
-               --target-period 1000 --learning-starts 10000 --eval-episodes 30 --run-dir runs/pong
+               --target-period 1000 --learning-starts 10000 --run-dir runs/pong
     Result   not yet measured
-    Run      python policy_distillation.py --teachers runs/pong/checkpoint.pt --total-rounds 10
-               --eval-episodes 30
+    Run      python policy_distillation.py --stage teacher --env-ids FreewayNoFrameskip-v4
+               --total-timesteps 1000000 --epsilon-timesteps 100000 --final-epsilon 0.01
+               --target-period 1000 --learning-starts 10000 --run-dir runs/freeway
     Result   not yet measured
-    Run      python policy_distillation.py --teachers runs/pong/checkpoint.pt
-               runs/freeway/checkpoint.pt --total-rounds 20 --eval-episodes 30
+    Run      python policy_distillation.py --total-rounds 10 --student same
+               --teachers runs/pong/checkpoint.pt
     Result   not yet measured
-    Run      python policy_distillation.py --stage teacher --env-ids PongNoFrameskip-v4
-               FreewayNoFrameskip-v4 --total-timesteps 2000000 --eval-episodes 30
+    Run      python policy_distillation.py --total-rounds 10 --student same --loss nll
+               --teachers runs/pong/checkpoint.pt
     Result   not yet measured
-    Run      python policy_distillation.py --online --env-ids PongNoFrameskip-v4
+    Run      python policy_distillation.py --total-rounds 10 --student same --loss mse
+               --teachers runs/pong/checkpoint.pt
+    Result   not yet measured
+    Run      python policy_distillation.py --total-rounds 10 --student net1
+               --teachers runs/pong/checkpoint.pt
+    Result   not yet measured
+    Run      python policy_distillation.py --total-rounds 10 --teachers runs/pong/checkpoint.pt
+    Result   not yet measured
+    Run      python policy_distillation.py --total-rounds 10 --student net3
+               --teachers runs/pong/checkpoint.pt
+    Result   not yet measured
+    Run      python policy_distillation.py --total-rounds 10 --student same
+               --teachers runs/freeway/checkpoint.pt
+    Result   not yet measured
+    Run      python policy_distillation.py --total-rounds 10 --student same --loss nll
+               --teachers runs/freeway/checkpoint.pt
+    Result   not yet measured
+    Run      python policy_distillation.py --total-rounds 10 --student same --loss mse
+               --teachers runs/freeway/checkpoint.pt
+    Result   not yet measured
+    Run      python policy_distillation.py --total-rounds 10 --student net1
+               --teachers runs/freeway/checkpoint.pt
+    Result   not yet measured
+    Run      python policy_distillation.py --total-rounds 10 --teachers runs/freeway/checkpoint.pt
+    Result   not yet measured
+    Run      python policy_distillation.py --total-rounds 10 --student net3
+               --teachers runs/freeway/checkpoint.pt
+    Result   not yet measured
+    Run      python policy_distillation.py --total-rounds 20
+               --teachers runs/pong/checkpoint.pt runs/freeway/checkpoint.pt
+    Result   not yet measured
+    Run      python policy_distillation.py --stage teacher --total-timesteps 2000000
+               --epsilon-timesteps 200000 --final-epsilon 0.01 --target-period 1000
+               --learning-starts 10000
+               --teachers runs/pong/checkpoint.pt runs/freeway/checkpoint.pt
     Result   not yet measured
 
 Departures: ours (the paper's)
@@ -30,13 +65,15 @@ Departures: ours (the paper's)
     a minibatch comes from a game drawn at random, as in appendix A (section 3.3: in turns)
     today's action sets: Pong 6 (3), so output layers have other sizes than the paper's
     --online: the DQN, play and the student take turns by rounds (all at once); a high score is one
-      of eval_episodes games after a round (not told); its best network is the teacher
-    the DQN's target network follows every 10,000 steps of all its games (DQN 2015: updates);
-      Multi-DQN: its games and their updates take turns ("evenly interleaved")
+      of eval_episodes games after a round (not told), begun from other seeds than those that
+      compare teacher and student; its best network is the teacher
+    Multi-DQN: its games and their updates take turns ("evenly interleaved"); exploration, updates
+      and target count the steps of all games together, the memory and learning_starts those of
+      each game (not told)
+    the DQN's target network follows every 10,000 steps (DQN 2015: updates, of four steps each)
 
 Symbols: q teacher's Q-values; tau temperature; S student's outputs, logits of its policy; T steps;
-a_tm1 taken in s_tm1 gives r_t and s_t; y target of Q; theta^- the target network; Q_g a network
-with the outputs of game g.
+a_tm1 taken in s_tm1 gives r_t and s_t; y target of Q; theta^- the target network; g a game.
 Shapes: B screens, A actions of a game, K games side by side. A step is one decision of the agent,
 4 frames of the emulator; an hour of play is 54,000 steps.
 """
@@ -50,12 +87,13 @@ import shutil
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Literal
 
 import ale_py
@@ -83,8 +121,8 @@ Student = Literal["auto", "net1", "net2", "net3", "same", "multi3", "multi10"]
 class Args:
     # The method
     stage: Literal["teacher", "distill"] = "distill"  # train a DQN; or a student from its teachers
-    env_ids: tuple[str, ...] = ("PongNoFrameskip-v4",)  # games of stage teacher and of --online
-    teachers: tuple[str, ...] = ()  # stage distill: a checkpoint.pt of a DQN for each game
+    env_ids: tuple[str, ...] = ("PongNoFrameskip-v4",)  # games, unless --teachers bring theirs
+    teachers: tuple[str, ...] = ()  # a checkpoint.pt of a DQN for each game (Multi-DQN: to compare)
     online: bool = False  # stage distill: the teacher is a DQN at its best so far, learning beside
     student: Student = "auto"  # tables A1, A2; auto: net2, for several games (Multi-DQN too) multi3
     loss: Literal["kl", "nll", "mse"] = "kl"  # between the teacher's Q-values and the student
@@ -108,11 +146,11 @@ class Args:
     learning_rate: float = 2.5e-4  # of students and DQN (paper: 1e-4 to 1e-3)
     max_learning_rate: float = 0.08  # rmsprop: its epsilon is learning_rate / this
     # The run
-    num_collectors: int = os.cpu_count() or 1  # processes in which the teachers play
+    num_collectors: int = 2  # processes in which teachers play; another number, other results
     envs_per_collector: int = 8  # K, games of a kind that a collector plays side by side
     report_every: int = 25_000  # steps between two reports of stage teacher, each with a checkpoint
     eval_every: int = 0  # reports (of stage distill: rounds) between evaluations; 0: at the end
-    eval_episodes: int = 10  # whole games of an evaluation
+    eval_episodes: int = 30  # whole games of an evaluation
     eval_epsilon: float = 0.05  # exploration in evaluation
     capture_video: bool = False  # write a game of teacher (left) and student as a GIF
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
@@ -142,7 +180,7 @@ def kl_loss(S: Tensor, q: Tensor, tau: float) -> Tensor:
     floored, and 0 log 0 is 0, because log_softmax is finite.
     """
     log_p, log_pi = (q / tau).log_softmax(-1), S.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_pi)).sum(-1).mean()
+    return F.kl_div(log_pi, log_p, log_target=True, reduction="batchmean")
 
 
 def distillation_loss(S: Tensor, q: Tensor, args: Args) -> Tensor:
@@ -152,43 +190,25 @@ def distillation_loss(S: Tensor, q: Tensor, args: Args) -> Tensor:
     return nll_loss(S, q) if args.loss == "nll" else mse_loss(S, q)
 
 
-class DeepQNetwork(nn.Module):
-    """Q(s, .) of the Nature DQN: three convolutions, 512 hidden units (Mnih et al. 2015)."""
-
-    def __init__(self, num_actions: int):
-        super().__init__()
-        self.trunk = nn.Sequential(
-            *(nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()),
-            *(nn.Conv2d(64, 64, 3, 1), nn.ReLU(), nn.Flatten()),
-            *(nn.Linear(64 * 7 * 7, 512), nn.ReLU()),
-        )
-        self.q = nn.Linear(512, num_actions)
-        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
-
-    def forward(self, s: Tensor) -> Tensor:
-        """Q [B, A] of screens s [B, 84, 84, 4], bytes."""
-        x = s.permute(0, 3, 1, 2).to(torch.float32).mul_(1 / 255)
-        return self.q(self.trunk(x))
-
-
-STUDENTS = {  # filters of the convolutions, hidden units, hidden units per game (tables A1, A2)
+SIZES = {  # filters of the convolutions, hidden units, hidden units per game (tables A1, A2)
     "net1": (16, 32, 32, 256, 0),
     "net2": (16, 16, 16, 128, 0),
     "net3": (16, 16, 16, 64, 0),
-    "same": (32, 64, 64, 512, 0),
+    "same": (32, 64, 64, 512, 0),  # the DQN of Mnih et al. 2015
     "multi3": (32, 64, 64, 512, 128),
     "multi10": (64, 64, 64, 1500, 128),
 }
 
 
-class StudentNetwork(nn.Module):
-    """A trunk that all games share and outputs for each of them (appendix A).
+class GameNetwork(nn.Module):
+    """Teacher or student: a trunk that all games share, outputs for each of them (appendix A).
 
-    The outputs are logits of a policy, or the Q-values of --loss mse and of a Multi-DQN.
+    The outputs are Q-values in a DQN and after --loss mse, otherwise logits of a policy.
     """
 
-    def __init__(self, sizes: tuple[int, ...], num_actions: Sequence[int]):
+    def __init__(self, sizes: tuple[int, ...], num_actions: list[int]):
         super().__init__()
+        self.num_actions = num_actions
         c1, c2, c3, width, width_per_game = sizes
         self.trunk = nn.Sequential(
             *(nn.Conv2d(4, c1, 8, 4), nn.ReLU(), nn.Conv2d(c1, c2, 4, 2), nn.ReLU()),
@@ -197,22 +217,15 @@ class StudentNetwork(nn.Module):
         )
         self.outputs = nn.ModuleList()
         for A in num_actions:
-            layers = [nn.Linear(width_per_game or width, A)]
-            if width_per_game:
-                layers = [nn.Linear(width, width_per_game), nn.ReLU(), *layers]
-            self.outputs.append(nn.Sequential(*layers))
+            own = [nn.Linear(width, width_per_game), nn.ReLU()] if width_per_game else []
+            self.outputs.append(nn.Sequential(*own, nn.Linear(width_per_game or width, A)))
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def forward(self, s: Tensor, game: int = 0) -> Tensor:
-        """[B, A] for screens s [B, 84, 84, 4] of one game, bytes."""
+        """[B, A] for screens s [B, 84, 84, 4] of one game, bytes, from any device."""
+        s = s.to(self.trunk[0].weight.device)
         x = s.permute(0, 3, 1, 2).to(torch.float32).mul_(1 / 255)
         return self.outputs[game](self.trunk(x))
-
-
-def q_values(net: nn.Module, game: int, s: Tensor) -> Tensor:
-    """Q_g(s) [B, A], or a student's logits, with the outputs of one game."""
-    s = s.to(next(net.parameters()).device)
-    return net(s) if isinstance(net, DeepQNetwork) else net(s, game)
 
 
 @torch.no_grad()
@@ -308,7 +321,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
 
 
 class Game:
-    """A game in progress. Its seed and the actions since then bring it back, whatever it is."""
+    """A game in progress. Its state, a seed and the actions since then, brings it back."""
 
     def __init__(self, env_id: str, training: bool, seed: int, actions: Sequence[int] = ()):
         self.env = make_env(env_id, training)
@@ -317,21 +330,17 @@ class Game:
             self.step(a)
 
     def begin(self, seed: int) -> None:
-        self.seed, self.actions, self.age = seed, [], 0
+        self.state, self.age = (seed, []), 0
         self.s = self.env.reset(seed=seed)[0]  # [84, 84, 4]
 
     def step(self, a: int) -> tuple[float, bool, bool, dict]:
         """Reward, terminated, truncated, info. A lost life is followed by the next episode."""
-        self.actions.append(a)
+        self.state[1].append(a)
         self.s, r_t, terminated, truncated, info = self.env.step(a)
         self.age += 1
         if (terminated or truncated) and "episode" not in info:
             self.s, self.age = self.env.reset()[0], 0
         return float(r_t), terminated, truncated, info
-
-    @property
-    def state(self) -> tuple[int, list[int]]:
-        return self.seed, self.actions
 
 
 class ScreenMemory:
@@ -363,7 +372,7 @@ class ScreenMemory:
         """Step t of some lanes: stacks s [K, 84, 84, 4], ages [K], values [K, width]."""
         slot = t % self.slots
         self.screens[lanes, slot] = s[..., -1]
-        self.ages[lanes, slot] = torch.tensor(ages, dtype=torch.int32).clamp(max=3).byte()
+        self.ages[lanes, slot] = torch.tensor(ages).clamp(max=3).to(torch.uint8)
         self.values[lanes, slot] = values
 
     def sample(self, size: int, end: int) -> tuple[Tensor, Tensor]:
@@ -390,17 +399,21 @@ def independent_seeds(count: int, *purpose: int) -> list[int]:
 
 
 @torch.no_grad()
-def evaluate(Q: Callable[[Tensor], Tensor], env_id: str, args: Args) -> dict[str, float]:
+def evaluate(
+    Q: Callable[[Tensor], Tensor], env_id: str, args: Args, pictures: list | None = None
+) -> dict[str, float]:
     """True scores of whole games, begun with up to 30 no-ops and played epsilon-greedily.
 
-    The same seeds for every Q: teacher and student begin alike.
+    The same seeds for every Q: teacher and student begin alike. pictures gets those of one game.
     """
     seeds = independent_seeds(args.eval_episodes + 1, args.seed)
     generator = torch.Generator().manual_seed(seeds.pop())
-    games = [Game(env_id, False, seed) for seed in seeds]
-    playing, scores = games, []
-    with tqdm(total=len(games), unit="game", leave=False, disable=None) as bar:
+    playing, scores = [Game(env_id, False, seed) for seed in seeds], []
+    with tqdm(total=len(playing), unit="game", leave=False, disable=None) as bar:
         while playing:
+            if pictures is not None and len(pictures) < 1800:  # two minutes
+                env, s = playing[0].env, playing[0].s
+                pictures.append(env.render() if env.render_mode else s[..., -1])
             q = Q(torch.from_numpy(np.stack([game.s for game in playing])))
             actions = epsilon_greedy(q.cpu(), args.eval_epsilon, generator).tolist()
             infos = [game.step(a)[-1] for game, a in zip(playing, actions, strict=True)]
@@ -419,47 +432,31 @@ def named(tag: str, env_id: str, args: Args) -> str:
     return tag if len(args.env_ids) == 1 else f"{tag}/{env_id}"
 
 
-def evaluate_games(net: nn.Module, args: Args) -> dict[str, float]:
-    """What one network reaches in all of the games."""
-    metrics = {}
-    for g, env_id in enumerate(args.env_ids):
-        for tag, value in evaluate(partial(q_values, net, g), env_id, args).items():
-            metrics[named(f"eval/{tag}", env_id, args)] = value
-    return metrics
-
-
-def teacher_returns(teachers: Sequence[DeepQNetwork], args: Args) -> list[float]:
-    """What each teacher reaches in its game, under the same protocol."""
-    players = [partial(q_values, teacher, 0) for teacher in teachers]
-    return [evaluate(*both, args)["episodic_return"] for both in zip(players, args.env_ids)]
-
-
-def geometric_mean(ratios: Sequence[float]) -> float:
-    """(r_1 ... r_n)^(1/n)."""
-    return math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
-
-
-def compare(student: dict[str, float], returns: list[float], args: Args) -> dict[str, float]:
-    """The student's evaluation beside the teachers': percent by game and their geometric mean.
+def evaluate_games(net: GameNetwork, teachers: nn.ModuleList, args: Args) -> dict[str, float]:
+    """One network's scores in all games; percent of the teachers', if any, and geometric mean.
 
     A percentage of a score that is not above 0 says nothing, and the logarithms of a geometric mean
     want ratios above 0: what cannot be told is left out, and a sentence says why.
     """
-    metrics, ratios, others = dict(student), [], []
-    for env_id, theirs in zip(args.env_ids, returns, strict=True):
-        ours = student[named("eval/episodic_return", env_id, args)]
-        metrics[named("eval/teacher_return", env_id, args)] = theirs
-        if theirs > 0:
-            ratios.append(ours / theirs)
-            metrics[named("eval/percent_of_teacher", env_id, args)] = 100 * ratios[-1]
-        if min(ours, theirs) <= 0:
-            others.append(f"{env_id} (student {ours:.4g}, teacher {theirs:.4g})")
+    metrics, ratios, others = {}, [], []
+    for g, env_id in enumerate(args.env_ids):
+        found = evaluate(partial(net, game=g), env_id, args)
+        for teacher in teachers[g : g + 1]:
+            ours, theirs = (i["episodic_return"] for i in (found, evaluate(teacher, env_id, args)))
+            found["teacher_return"] = theirs
+            if theirs > 0:
+                found["percent_of_teacher"] = 100 * ours / theirs
+            if min(ours, theirs) > 0:
+                ratios.append(ours / theirs)
+            else:
+                others.append(f"{env_id} (student {ours:.4g}, teacher {theirs:.4g})")
+        metrics |= {named(f"eval/{tag}", env_id, args): value for tag, value in found.items()}
     if others:
         tqdm.write(
             "No geometric mean of the ratios to the teachers: it is defined for scores above 0, "
             f"not for {', '.join(others)}."
         )
-    else:
+    elif ratios:
         metrics["eval/geometric_mean"] = 100 * geometric_mean(ratios)
     return metrics
 
@@ -482,12 +479,15 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 class DeepQLearner:
     """DQN (Mnih et al. 2015) on one game; on several in turn, with one network, Multi-DQN."""
 
-    def __init__(self, net: nn.Module, args: Args, folder: Path):
-        self.net, self.target_net, self.args, self.steps = net, copy.deepcopy(net), args, 0
+    def __init__(self, net: GameNetwork, args: Args, folder: Path):
+        self.net, self.target_net, self.args = net, copy.deepcopy(net), args
         self.optimizer = choose_optimizer(net, args)
-        seeds = independent_seeds(len(args.env_ids), args.seed, 1)
+        self.steps, self.high_score = 0, -math.inf  # the latter with --online
+        seeds = independent_seeds(len(args.env_ids), args.seed, 1 + args.num_collectors)
         self.games = [Game(i, True, seed) for i, seed in zip(args.env_ids, seeds, strict=True)]
-        self.memories = dqn_memories(args, folder)
+        spare = args.round_steps if args.online else args.report_every  # until the next checkpoint
+        sizes = 1, args.dqn_memory_steps, spare, 4  # action, clipped reward, terminated, truncated
+        self.memories = [ScreenMemory(folder / f"dqn_{g}", *sizes) for g in range(len(self.games))]
 
     def state_dict(self) -> dict:
         """All but what is in the memories' files and torch's random state."""
@@ -497,6 +497,7 @@ class DeepQLearner:
             "optimizer": self.optimizer.state_dict(),
             "games": [game.state for game in self.games],
             "steps": self.steps,
+            "high_score": self.high_score,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -504,15 +505,14 @@ class DeepQLearner:
         for name in ("net", "target_net", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.games = [Game(i, True, *game) for i, game in zip(self.args.env_ids, state["games"])]
-        self.steps = state["steps"]
+        self.steps, self.high_score = state["steps"], state["high_score"]
 
-    def act(self, g: int) -> dict:
+    def act(self, g: int, epsilon: float) -> dict:
         """One step of game g, kept in its memory; returns its info."""
-        args, game = self.args, self.games[g]
+        game = self.games[g]
         s, age = torch.from_numpy(game.s)[None], game.age
-        epsilon = exploration_rate(self.steps, args.final_epsilon, args.epsilon_timesteps)
         with torch.no_grad():
-            a = int(epsilon_greedy(q_values(self.net, g, s).cpu(), epsilon))
+            a = int(epsilon_greedy(self.net(s, g).cpu(), epsilon))
         r_t, terminated, truncated, info = game.step(a)
         values = torch.tensor([[a, np.clip(r_t, -1, 1), terminated, truncated and not terminated]])
         self.memories[g].write(slice(0, 1), self.steps // len(self.games), s, [age], values)
@@ -522,22 +522,22 @@ class DeepQLearner:
 
     def loss(self, g: int) -> tuple[Tensor, Tensor]:
         """Of a minibatch of game g; and its Q-values."""
-        memory, net = self.memories[g], self.net
+        memory = self.memories[g]
         lane, t = memory.sample(self.args.batch_size, self.steps // len(self.games) - 1)
-        device = next(net.parameters()).device
-        a_tm1, r_t, terminated, truncated = memory.values_at(lane, t).to(device).unbind(-1)
         with torch.no_grad():
-            q_t = q_values(self.target_net, g, memory.stacks(lane, t + 1))
+            q_t = self.target_net(memory.stacks(lane, t + 1), g)
+        q_tm1 = self.net(memory.stacks(lane, t), g)
+        a_tm1, r_t, terminated, truncated = memory.values_at(lane, t).to(q_t.device).unbind(-1)
         y = dqn_target(r_t, terminated, q_t, self.args.discount)
-        q = q_values(net, g, memory.stacks(lane, t))
-        return td_loss(q, a_tm1.long(), y, 1 - truncated), q
+        return td_loss(q_tm1, a_tm1.long(), y, 1 - truncated), q_tm1
 
     def learn(self, steps: int) -> dict[str, float]:
         """Play and learn for some steps of all games together; the means of what was watched."""
         watched, args, n = defaultdict(list), self.args, len(self.games)
         for _ in tqdm(range(steps), unit="step", leave=False, disable=None):
             g = self.steps % n
-            info = self.act(g)
+            epsilon = exploration_rate(self.steps, args.final_epsilon, args.epsilon_timesteps)
+            info = self.act(g, epsilon)
             self.steps += 1
             if "episode" in info:
                 for tag, key in (("episodic_return", "r"), ("episodic_length", "l")):
@@ -550,38 +550,40 @@ class DeepQLearner:
                 watched["losses/td_loss"].append(loss.item())
                 watched["losses/q_values"].append(q.mean().item())
             if self.steps % args.target_period == 0:
-                copy_parameters(self.net, self.target_net)
-        epsilon = exploration_rate(self.steps, args.final_epsilon, args.epsilon_timesteps)
+                self.target_net.load_state_dict(self.net.state_dict())
         means = {tag: float(np.mean(values)) for tag, values in sorted(watched.items())}
         return means | {"charts/epsilon": epsilon}
 
 
+def renew_teacher(learner: DeepQLearner, teacher: GameNetwork, args: Args) -> dict[str, float]:
+    """A round of the online DQN, which at a new high score becomes the teacher (appendix C)."""
+    metrics = learner.learn(args.round_steps)
+    other_seeds = replace(args, seed=args.seed + 1)  # on its own a maximum flatters itself
+    score = evaluate(learner.net, args.env_ids[0], other_seeds)["episodic_return"]
+    if score > learner.high_score:
+        learner.high_score = score
+        teacher.load_state_dict(learner.net.state_dict())
+    return metrics | {"eval/learner_return": score}
+
+
 def demonstrate(
-    games: list[Game],
-    teacher: DeepQNetwork,
-    write: Callable,
-    times: range,
-    epsilon: float,
-    generator: torch.Generator,
-    T,
+    games: list[Game], teacher: GameNetwork, write: Callable, times: Iterable, seed: int, args: Args
 ) -> list[float]:
     """The teacher plays games side by side; returns the scores of the whole ones.
 
     It acts epsilon-greedily, and for each step write(t, screens, ages, q) keeps its Q-values.
     """
-    returns = []
+    generator, returns = torch.Generator().manual_seed(seed), []
     for t in times:
         s = torch.from_numpy(np.stack([game.s for game in games]))
         with torch.no_grad():
             q = teacher(s)
         write(t, s, [game.age for game in games], q)
-        for game, a in zip(games, epsilon_greedy(q, epsilon, generator).tolist()):
+        for game, a in zip(games, epsilon_greedy(q, args.teacher_epsilon, generator).tolist()):
             *_, info = game.step(a)
             if "episode" in info:
                 returns.append(float(info["episode"]["r"]))
                 game.begin(int(torch.randint(2**31, (), generator=generator)))
-        with T.get_lock():
-            T.value += len(games)
     return returns
 
 
@@ -589,25 +591,24 @@ def collector(
     rank: int,
     args: Args,
     folder: Path,
-    teachers: list[DeepQNetwork],
-    states: list[list[list]],
+    teachers: nn.ModuleList,
+    states: list[list[list]] | None,
     rounds: int,
     wanted: Synchronized,
-    T,
     log,
 ) -> None:
     """Plays a round whenever more are wanted, and puts (rank, states, returns) on log.
 
-    states, those of its games by kind, let another process go on as this one would have.
+    With states, those of its games by kind, another process goes on as this one would have.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is a matter for the main process
     main_process, K, steps = mp.parent_process(), args.envs_per_collector, lane_steps(args)
-    lanes = slice(rank * K, (rank + 1) * K)
-    memories = student_memories(args, folder, [teacher.q.out_features for teacher in teachers])
+    memories = student_memories(args, folder, [teacher.num_actions[0] for teacher in teachers])
+    begun = [[(seed, []) for seed in independent_seeds(K, args.seed, 1 + rank)]] * len(memories)
     kinds = [
         [Game(env_id, False, *state) for state in of_kind]
-        for env_id, of_kind in zip(args.env_ids, states[rank], strict=True)
+        for env_id, of_kind in zip(args.env_ids, states[rank] if states else begun, strict=True)
     ]
     while main_process.is_alive():
         if rounds == wanted.value:
@@ -617,43 +618,54 @@ def collector(
         rounds += 1
         seeds = independent_seeds(len(kinds), args.seed, 1 + rank, rounds)
         for games, teacher, memory, seed in zip(kinds, teachers, memories, seeds, strict=True):
-            generator, write = torch.Generator().manual_seed(seed), partial(memory.write, lanes)
-            how = times, args.teacher_epsilon, generator, T
-            returns.append(demonstrate(games, teacher, write, *how))
+            write = partial(memory.write, slice(rank * K, (rank + 1) * K))
+            bar = tqdm(times, unit=f" x {K} steps", position=rank, leave=False, disable=None)
+            returns.append(demonstrate(games, teacher, write, bar, seed, args))
         log.put((rank, [[game.state for game in games] for games in kinds], returns))
 
 
+@contextmanager
+def collectors_at_work(args: Args, *others) -> Iterator[mp.ProcessContext]:
+    """Processes that wait for rounds to play; whatever happens, none is left."""
+    os.environ |= KEEP_MEMORY
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the collectors inherit that
+    collectors = mp.spawn(collector, (args, *others), args.num_collectors, False, daemon=True)
+    try:
+        signal.signal(signal.SIGINT, on_ctrl_c)
+        yield collectors
+    finally:
+        for process in collectors.processes:
+            process.terminate()
+            process.join()
+
+
 def collect(
-    collectors: mp.ProcessContext, args: Args, wanted: Synchronized, T, log
+    collectors: mp.ProcessContext, args: Args, wanted: Synchronized, log
 ) -> tuple[list, dict[str, float]]:
     """One round of play by all collectors; the states of their games and what was watched."""
-    first, start, reports = T.value, time.perf_counter(), {}
-    total = lane_steps(args) * args.num_collectors * args.envs_per_collector * len(args.env_ids)
+    start, states, watched = time.perf_counter(), {}, defaultdict(list)
     wanted.value += 1
-    with tqdm(total=total, unit="step", leave=False, disable=None) as bar:
-        while len(reports) < args.num_collectors:
-            collectors.join(timeout=0.05)  # raises what a collector has raised
-            bar.update(T.value - first - bar.n)
-            while not log.empty():
-                rank, states, returns = log.get()
-                reports[rank] = states, returns
-    metrics = {"charts/SPS": total / (time.perf_counter() - start)}  # the teachers' steps
-    for g, env_id in enumerate(args.env_ids):
-        scores = [score for _, returns in reports.values() for score in returns[g]]
-        if scores:
-            metrics[named("charts/episodic_return", env_id, args)] = float(np.mean(scores))
-    return [reports[rank][0] for rank in sorted(reports)], metrics
+    while len(states) < args.num_collectors:
+        collectors.join(timeout=0.05)  # raises what a collector has raised
+        while not log.empty():
+            rank, states[rank], returns = log.get()
+            for env_id, scores in zip(args.env_ids, returns, strict=True):
+                watched[named("charts/episodic_return", env_id, args)] += scores
+    metrics = {tag: float(np.mean(scores)) for tag, scores in watched.items() if scores}
+    lanes = args.num_collectors * args.envs_per_collector * len(args.env_ids)
+    metrics["charts/SPS"] = lanes * lane_steps(args) / (time.perf_counter() - start)
+    return [states[rank] for rank in range(args.num_collectors)], metrics
 
 
 def learn_from_memories(
-    net: StudentNetwork, optimizer, memories: list[ScreenMemory], args: Args, end: int
+    net: GameNetwork, optimizer, memories: list[ScreenMemory], args: Args, end: int
 ) -> dict[str, float]:
     """The updates of a round, each on a minibatch of one game; the means of what was watched."""
     watched, start = defaultdict(list), time.perf_counter()
     for _ in tqdm(range(args.round_updates), unit="update", leave=False, disable=None):
         g = int(torch.randint(len(memories), ()))
         lane, t = memories[g].sample(args.batch_size, end)
-        S = q_values(net, g, memories[g].stacks(lane, t))
+        S = net(memories[g].stacks(lane, t), g)
         q = memories[g].values_at(lane, t).to(S.device)
         loss = distillation_loss(S, q, args)
         refuse_infinity(loss.item(), f"after {end} steps in each of the games played")
@@ -663,13 +675,6 @@ def learn_from_memories(
         watched[named("charts/agreement", args.env_ids[g], args)].append(agreement.item())
     means = {tag: float(np.mean(values)) for tag, values in sorted(watched.items())}
     return means | {"charts/UPS": args.round_updates / (time.perf_counter() - start)}
-
-
-@torch.no_grad()
-def copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    """target <- source, two networks of one shape."""
-    for theirs, ours in zip(source.parameters(), target.parameters(), strict=True):
-        ours.copy_(theirs)
 
 
 def report(writer, step: int, metrics: dict[str, float]) -> None:
@@ -771,19 +776,22 @@ def check(args: Args) -> None:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
 
 
-def load_teacher(path: str) -> tuple[str, DeepQNetwork]:
-    """The game of a checkpoint and the network that has learned it, frozen."""
+def load_teacher(path: str) -> tuple[str, GameNetwork]:
+    """The game of a checkpoint and the network that has learned it."""
     try:
         checkpoint = torch.load(path, map_location="cpu")
         env_id, *_ = checkpoint["args"].get("env_ids") or [checkpoint["args"]["env_id"]]
-        net = DeepQNetwork(len(checkpoint["net"]["q.bias"]))
-        net.load_state_dict(checkpoint["net"])
+        if checkpoint["args"].get("stage") == "distill":
+            raise ValueError("a student")
+        theirs = {name.replace("q.", "outputs.0.0."): x for name, x in checkpoint["net"].items()}
+        net = GameNetwork(SIZES["same"], [len(theirs["outputs.0.0.bias"])])
+        net.load_state_dict(theirs)
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         raise SystemExit(
             f"{path} is missing, damaged or no DQN of one game ({type(error).__name__}): a teacher "
             "comes from --stage teacher with one game or from gorila_dqn.py."
         ) from None
-    theirs, ours = net.q.out_features, make_env(env_id).action_space.n
+    theirs, ours = net.num_actions[0], make_env(env_id).action_space.n
     if theirs != ours:
         raise SystemExit(f"{path} plays {env_id} with {theirs} actions; here the game has {ours}.")
     return env_id, net
@@ -804,14 +812,9 @@ def student_memories(args: Args, folder: Path, num_actions: list[int]) -> list[S
     return [ScreenMemory(folder / f"teacher_{g}", *sizes, A) for g, A in enumerate(num_actions)]
 
 
-def dqn_memories(args: Args, folder: Path) -> list[ScreenMemory]:
-    """A replay for each game: action, clipped reward, terminated, truncated.
-
-    To spare: the steps up to the next checkpoint, to which the last one goes back after a crash.
-    """
-    spare = args.round_steps if args.online else args.report_every
-    sizes = 1, args.dqn_memory_steps, spare, 4
-    return [ScreenMemory(folder / f"dqn_{g}", *sizes) for g in range(len(args.env_ids))]
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Of the replays; a run goes on with those alone that its checkpoint knows."""
+    return {path.name: path.stat().st_size for path in folder.glob("*")}
 
 
 def check_memory(args: Args, num_actions: list[int]) -> None:
@@ -834,116 +837,117 @@ def check_memory(args: Args, num_actions: list[int]) -> None:
     tqdm.write(f"{told} of this machine's {memory / 1e9:.2f} GB.")
 
 
+OF_STUDENTS = (
+    "online loss temperature teacher_epsilon memory_steps round_steps round_updates total_rounds "
+    "num_collectors envs_per_collector"
+)
+OF_DQN = (
+    "discount dqn_memory_steps learning_starts steps_per_update target_period final_epsilon "
+    "epsilon_timesteps"
+)
+
+
 def check_stage(args: Args) -> None:
-    """Combinations of flags that no run can have."""
+    """Refuse flags that would have no effect, and combinations that no run can have."""
+    learns, distils, n = args.stage == "teacher", args.stage == "distill", len(args.env_ids)
+    for holds, where, names in (
+        (learns, "with --stage teacher", OF_STUDENTS),
+        (learns and n == 1, "on a DQN of one game", "student"),
+        (distils, "with --stage distill", "total_timesteps report_every"),
+        (distils and not args.online, "without --online", OF_DQN),
+        (args.optimizer == "adam", "with --optimizer adam", "max_learning_rate"),
+    ):
+        given = [name for name in names.split() if getattr(args, name) != getattr(Args, name)]
+        if holds and given:
+            flag = given[0].replace("_", "-")
+            raise SystemExit(f"--{flag} has no effect {where}: leave it out.")
+
     lanes = args.num_collectors * args.envs_per_collector
-    if not args.env_ids:
-        raise SystemExit("--env-ids needs at least one game.")
-    if args.stage == "teacher" and (args.teachers or args.online):
-        raise SystemExit("--teachers and --online belong to --stage distill.")
-    if args.stage == "distill" and bool(args.teachers) == args.online:
-        raise SystemExit(
-            "A student needs --teachers a.pt b.pt, checkpoints of --stage teacher or of "
-            "gorila_dqn.py, or a teacher that learns beside it: --online; one of the two."
-        )
-    if args.online and len(args.env_ids) > 1:
-        raise SystemExit("--online distils a single game: pass one of --env-ids.")
-    if len(set(args.env_ids)) < len(args.env_ids):
-        raise SystemExit(f"Each game once, please, not {', '.join(args.env_ids)}.")
-    if args.temperature == 0:
-        raise SystemExit("--temperature must be above 0; its limit at 0 is --loss nll.")
-    if args.teacher_epsilon > 1 or args.final_epsilon > 1:
-        raise SystemExit("--teacher-epsilon and --final-epsilon must be at most 1.")
-    if args.learning_rate == 0 or args.max_learning_rate == 0:
-        raise SystemExit("--learning-rate and --max-learning-rate must be above 0.")
-    if args.stage == "distill" and not 0 < lane_steps(args) <= args.memory_steps // lanes:
-        raise SystemExit(
-            f"--round-steps {args.round_steps} must give each of {lanes} games side by side a step "
-            f"of each kind of game, and no more than fits into --memory-steps {args.memory_steps}."
-        )
+    unclear = distils and bool(args.teachers) == args.online
+    unfit = distils and n > 0 and not 0 < lane_steps(args) <= args.memory_steps // lanes
+    epsilons = args.teacher_epsilon, args.final_epsilon
+    rates = args.learning_rate, args.max_learning_rate
+    refused = {
+        "--env-ids needs at least one game.": n == 0,
+        "A student needs --teachers a.pt b.pt, checkpoints of --stage teacher or of gorila_dqn.py, "
+        "or one that learns beside it, --online; one of the two.": unclear,
+        "--online distils a single game: pass one of --env-ids.": args.online and n > 1,
+        f"Each game once, please, not {', '.join(args.env_ids)}.": len(set(args.env_ids)) < n,
+        "--temperature must be above 0; its limit at 0 is --loss nll.": args.temperature == 0,
+        "--teacher-epsilon and --final-epsilon must be at most 1.": max(epsilons) > 1,
+        "--learning-rate and --max-learning-rate must be above 0.": 0 in rates,
+        f"--round-steps {args.round_steps} must give each of {lanes} games side by side a step of "
+        f"each kind of game, and no more than fits into --memory-steps {args.memory_steps}.": unfit,
+    }
+    for sentence, holds in refused.items():
+        if holds:
+            raise SystemExit(sentence)
 
 
-@torch.no_grad()
-def watch_game(Q: Callable[[Tensor], Tensor], env_id: str, args: Args) -> list[np.ndarray]:
-    """The pictures of a game, two minutes at most."""
-    seed, game_seed = independent_seeds(2, args.seed)
-    generator, game = torch.Generator().manual_seed(seed), Game(env_id, False, game_seed)
-    pictures, info = [], {}
-    while "episode" not in info and len(pictures) < 1800:
-        pictures.append(game.env.render() if game.env.render_mode else game.s[..., -1])
-        q = Q(torch.from_numpy(game.s)[None]).cpu()
-        info = game.step(int(epsilon_greedy(q, args.eval_epsilon, generator)))[-1]
-    return pictures
-
-
-def film_games(net: nn.Module, teachers: list[DeepQNetwork], args: Args, run_dir: Path) -> None:
+def film_games(net: GameNetwork, teachers: nn.ModuleList, args: Args, run_dir: Path) -> None:
     """A GIF of each game: left the teacher's, right the student's, from the same start.
 
     The one that is over first shows its last picture.
     """
     for g, env_id in enumerate(args.env_ids):
-        players = [partial(q_values, net, g)]
-        if teachers:
-            players.insert(0, partial(q_values, teachers[g], 0))
-        games = [watch_game(Q, env_id, args) for Q in players]
-        frames = []
-        for i in range(max(len(pictures) for pictures in games)):
-            shown = [pictures[min(i, len(pictures) - 1)] for pictures in games]
-            frames.append(Image.fromarray(np.concatenate(shown, axis=1)))
+        films = []
+        for Q in (*teachers[g : g + 1], partial(net, game=g)):
+            films.append([])
+            evaluate(Q, env_id, replace(args, eval_episodes=1), films[-1])
+        for film in films:
+            film += film[-1:] * (max(map(len, films)) - len(film))
+        frames = [Image.fromarray(np.concatenate(shown, axis=1)) for shown in zip(*films)]
         path = run_dir / f"{env_id.replace('/', '-').replace(':', '-')}.gif"
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=67, loop=0)
 
 
 @torch.no_grad()
 def draw_policies(
-    net: StudentNetwork, memories: list[ScreenMemory], args: Args, end: int, path: Path
+    net: GameNetwork, memories: list[ScreenMemory], args: Args, end: int, path: Path
 ) -> None:
     """What teacher and student would do on some of the screens; a row for each game."""
     import matplotlib.pyplot as plt  # not above: collectors import this file, too
 
-    tau = args.temperature
-    figure, rows = plt.subplots(len(memories), 6, figsize=(15, 2.6 * len(memories)), squeeze=False)
-    for g, (axes, memory, env_id) in enumerate(zip(rows, memories, args.env_ids, strict=True)):
+    tau, size = args.temperature, (15, 2.6 * len(memories))
+    figure, rows = plt.subplots(len(memories), 6, figsize=size, squeeze=False, layout="constrained")
+    for g, (axes, memory) in enumerate(zip(rows, memories, strict=True)):
         lane, t = memory.sample(3, end)
         s, q = memory.stacks(lane, t), memory.values_at(lane, t)
-        S = q_values(net, g, s).cpu()
-        p, pi = (q / tau).softmax(-1), (S / tau if args.loss == "mse" else S).softmax(-1)
+        S = net(s, g).cpu() / (tau if args.loss == "mse" else 1)
         for i, (screen, bars) in enumerate(axes.reshape(3, 2)):
             screen.imshow(s[i, ..., -1].numpy(), cmap="gray")
-            screen.set(xticks=[], yticks=[], title=env_id if i == 0 else "")
-            for offset, height, label in ((-0.2, p[i], "teacher"), (0.2, pi[i], "student")):
-                bars.bar(np.arange(len(height)) + offset, height.numpy(), 0.4, label=label)
-            bars.set(ylim=(0, 1), xlabel="action", ylabel="probability", xticks=range(len(p[i])))
+            screen.set(xticks=[], yticks=[], title=args.env_ids[g])
+            for offset, logits, who in ((-0.2, q[i] / tau, "teacher"), (0.2, S[i], "student")):
+                bars.bar(
+                    np.arange(len(logits)) + offset, logits.softmax(-1).numpy(), 0.4, label=who
+                )
+            bars.set(ylim=(0, 1), xlabel="action", ylabel="probability", xticks=range(len(q[i])))
     rows[0, 1].legend(fontsize="small", framealpha=0.5)
-    figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def make_net(args: Args, num_actions: list[int]) -> nn.Module:
+def make_net(args: Args, num_actions: list[int]) -> GameNetwork:
     """What the stage trains: a DQN of one game, a Multi-DQN or a student."""
-    if args.stage == "teacher" and len(num_actions) == 1:
-        return DeepQNetwork(num_actions[0])
-    auto = "net2" if len(num_actions) == 1 else "multi3"
-    return StudentNetwork(STUDENTS[auto if args.student == "auto" else args.student], num_actions)
+    single = "same" if args.stage == "teacher" else "net2"
+    auto = single if len(num_actions) == 1 else "multi3"
+    return GameNetwork(SIZES[auto if args.student == "auto" else args.student], num_actions)
 
 
 def train_teacher(
-    net: nn.Module, args: Args, folder: Path, checkpoint: dict | None
-) -> Iterator[tuple[int, dict[str, float], dict]]:
-    """Stage teacher: DQN or Multi-DQN; a step, metrics and a state whenever a report is due."""
+    net: GameNetwork, args: Args, folder: Path, checkpoint: dict
+) -> Iterator[tuple[int, bool, dict[str, float], dict]]:
+    """Stage teacher: DQN or Multi-DQN; step, is evaluation due, metrics, state of each report."""
     learner = DeepQLearner(net, args, folder)
     if checkpoint:
         learner.load_state_dict(checkpoint)
-        torch.set_rng_state(checkpoint["rng"])
     while learner.steps < args.total_timesteps:
         first, start = learner.steps, time.perf_counter()
         metrics = learner.learn(min(args.report_every, args.total_timesteps - first))
         metrics["charts/SPS"] = (learner.steps - first) / (time.perf_counter() - start)
         reports, last = learner.steps // args.report_every, learner.steps == args.total_timesteps
-        if last or (args.eval_every and reports % args.eval_every == 0):
-            metrics |= evaluate_games(net, args)
-        yield learner.steps, metrics, learner.state_dict()
+        due = last or (args.eval_every > 0 and reports % args.eval_every == 0)
+        yield learner.steps, due, metrics, learner.state_dict()
 
 
 # Of the environment of the workers: glibc is to keep the memory they free, not to return it to the
@@ -952,150 +956,79 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "32000000", "MALLOC_TRIM_THRESHOLD_": "
 
 
 def distill(
-    net: StudentNetwork,
-    teachers: list[DeepQNetwork],
-    args: Args,
-    folder: Path,
-    checkpoint: dict | None,
-) -> Iterator[tuple[int, dict[str, float], dict]]:
-    """Stage distill; an update, metrics and a state after each half of a round.
+    net: GameNetwork, teachers: nn.ModuleList, args: Args, folder: Path, checkpoint: dict
+) -> Iterator[tuple[int, bool, dict[str, float], dict]]:
+    """Stage distill; update, is evaluation due, metrics, state after each half of a round.
 
-    A round is play by the teachers (before it, play and learning of an online one), then updates of
-    the student.
+    The first half is play by the teachers (before it, play and learning of an online one), the
+    second are updates of the student.
     """
-    optimizer = choose_optimizer(net, args)
-    memories = student_memories(args, folder, [teacher.q.out_features for teacher in teachers])
-    learner = None
+    optimizer, memories = (
+        choose_optimizer(net, args),
+        student_memories(args, folder, net.num_actions),
+    )
+    parts = {"net": net, "teachers": teachers, "optimizer": optimizer}
     if args.online:
-        device = next(net.parameters()).device
-        learner = DeepQLearner(copy.deepcopy(teachers[0]).to(device), args, folder)
-    collected = learned = 0  # rounds
-    K = args.envs_per_collector
-    states = [
-        [[(seed, []) for seed in independent_seeds(K, args.seed, 1 + rank)] for _ in teachers]
-        for rank in range(args.num_collectors)
-    ]
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        collected, learned, states = (checkpoint[i] for i in ("collected", "learned", "states"))
-        if learner:
-            learner.load_state_dict(checkpoint["learner"])
-        torch.set_rng_state(checkpoint["rng"])
-    returns = teacher_returns(teachers, args)
+        learning = copy.deepcopy(teachers[0]).to(choose_device(args.device))
+        parts["learner"] = DeepQLearner(learning, args, folder)
+    halves, games = checkpoint.get("halves", 0), checkpoint.get("games")  # of rounds
+    for name, part in parts.items():
+        if checkpoint:
+            part.load_state_dict(checkpoint[name])
     size, whole = (sum(p.numel() for p in i.parameters()) for i in (net, teachers[0]))
     tqdm.write(f"The student has {size:,} parameters, {100 * size / whole:.1f} % of a teacher's.")
 
-    def state() -> dict:
-        return {
-            "net": net.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "teachers": [teacher.state_dict() for teacher in teachers],
-            "learner": learner.state_dict() if learner else None,
-            "states": states,
-            "collected": collected,
-            "learned": learned,
-        }
-
-    spawn = mp.get_context("spawn")
-    wanted, T, log = spawn.Value("q", collected), spawn.Value("q", 0), spawn.Queue()
-    arguments = args, folder, teachers, states, collected, wanted, T, log
-    os.environ |= KEEP_MEMORY
-    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the collectors inherit that
-    collectors = mp.spawn(collector, arguments, nprocs=args.num_collectors, join=False)
-    signal.signal(signal.SIGINT, on_ctrl_c)
-    try:
-        while learned < args.total_rounds:
-            metrics = {}
-            if collected == learned:
-                if learner:
-                    metrics |= learner.learn(args.round_steps)
-                    (score,) = teacher_returns([learner.net], args)
-                    metrics["eval/learner_return"] = score
-                    if score > returns[0]:  # a new high score: the teacher from here on
-                        copy_parameters(learner.net, teachers[0])
-                        returns[0] = score
-                states, watched = collect(collectors, args, wanted, T, log)
+    spawn, collected = mp.get_context("spawn"), (halves + 1) // 2
+    wanted, log = spawn.Value("q", collected), spawn.Queue()
+    given = folder, teachers, games, collected, wanted, log
+    with collectors_at_work(args, *given) as collectors:
+        while halves < 2 * args.total_rounds:
+            halves += 1
+            learned, due = halves // 2, False
+            if halves % 2:
+                metrics = renew_teacher(parts["learner"], teachers[0], args) if args.online else {}
+                games, watched = collect(collectors, args, wanted, log)
                 metrics |= watched
-                collected += 1
-                yield learned * args.round_updates, {}, state()
-
-            end = collected * lane_steps(args)
-            metrics |= learn_from_memories(net, optimizer, memories, args, end)
-            learned += 1
-            last = learned == args.total_rounds
-            if last or (args.eval_every and learned % args.eval_every == 0):
-                metrics |= compare(evaluate_games(net, args), returns, args)
-            yield learned * args.round_updates, metrics, state()
-        draw_policies(net, memories, args, end, folder.with_name("policies.png"))
-    finally:
-        for process in collectors.processes:
-            process.terminate()
-            process.join()
+            else:
+                end = learned * lane_steps(args)
+                metrics = learn_from_memories(net, optimizer, memories, args, end)
+                due = learned == args.total_rounds
+                due |= args.eval_every > 0 and learned % args.eval_every == 0
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"halves": halves, "games": games}
+            yield learned * args.round_updates, due, metrics, state
+    draw_policies(net, memories, args, end, folder.with_name("policies.png"))
 
 
-def main(args: Args) -> dict[str, float]:
-    check(args)
-    torch.manual_seed(args.seed)
-    teachers = []
-    if args.teachers:
-        env_ids, teachers = zip(*(load_teacher(path) for path in args.teachers))
-        args = replace(args, env_ids=env_ids)
-    check_stage(args)
-    num_actions = [int(make_env(env_id).action_space.n) for env_id in args.env_ids]
-    net = make_net(args, num_actions).to(choose_device(args.device))
-    if args.online:
-        teachers = [DeepQNetwork(num_actions[0])]
-
-    checkpoint, seconds = None, 0.0
-    if args.resume or args.evaluate:
-        path, shaping = Path(args.resume or args.evaluate), ["stage", "env_ids", "student"]
-        if args.resume:
-            shaping += ["online", "optimizer", "num_collectors", "envs_per_collector"]
-            shaping += ["memory_steps", "dqn_memory_steps", "round_steps", "report_every"]
-            shaping += ["learning_rate", "max_learning_rate", "loss", "temperature"]
-        checkpoint = load_checkpoint(path, args, net, *shaping)
-        for teacher, theirs in zip(teachers, checkpoint.get("teachers", [])):
-            teacher.load_state_dict(theirs)
-    if args.evaluate:
-        try:
-            metrics = evaluate_games(net, args)
-            if teachers:
-                metrics = compare(metrics, teacher_returns(teachers, args), args)
-            if args.capture_video:
-                film_games(net, teachers, args, path.parent)
-            return metrics
-        except KeyboardInterrupt:
-            raise SystemExit("Stopped.") from None
-    if args.resume:
-        seconds = checkpoint["seconds"]
-        if checkpoint.get("steps", 0) >= args.total_timesteps:
-            raise SystemExit(f"{path} is at step {args.total_timesteps}: raise --total-timesteps.")
-        if checkpoint.get("learned", 0) >= args.total_rounds:
-            raise SystemExit(f"{path} has had {args.total_rounds} rounds: raise --total-rounds.")
-        if not (path.parent / "memory").exists():
-            raise SystemExit(f"The replays beside {path} are missing: the run cannot go on.")
-
+def run_stage(
+    net: GameNetwork, teachers: nn.ModuleList, args: Args, checkpoint: dict
+) -> dict[str, float]:
+    """Train; whenever the stage yields, save, evaluate if due, report. Returns the last report."""
     from torch.utils.tensorboard import SummaryWriter  # not above: collectors import this, too
 
-    check_memory(args, num_actions)
     games = args.env_ids[0] if len(args.env_ids) == 1 else f"{len(args.env_ids)}-games"
     run_dir = open_run_dir(args, f"{games}-{args.stage}", "policy_distillation")
-    writer = SummaryWriter(run_dir)
+    if not os.access(run_dir, os.W_OK):
+        raise SystemExit(f"{run_dir} cannot be written to: change that or choose another folder.")
+    writer, memory = SummaryWriter(run_dir), run_dir / "memory"
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
-    stage = train_teacher(net, args, run_dir / "memory", checkpoint)
-    if args.stage == "distill":
-        stage = distill(net, teachers, args, run_dir / "memory", checkpoint)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    start = time.perf_counter() - seconds
+    start = time.perf_counter() - checkpoint.get("seconds", 0.0)
+    if checkpoint:
+        torch.set_rng_state(checkpoint["rng"])
+    stage = train_teacher(net, args, memory, checkpoint)
+    if args.stage == "distill":
+        stage = distill(net, teachers, args, memory, checkpoint)
     try:
         with closing(stage):
-            for step, metrics, state in stage:
-                state |= {"args": asdict(args), "rng": torch.get_rng_state()}
-                state["seconds"] = time.perf_counter() - start
-                save_checkpoint(run_dir / "checkpoint.pt", **state)
-                if metrics:
-                    metrics["charts/minutes"] = state["seconds"] / 60
-                    report(writer, step, metrics)
+            for step, due, metrics, state in stage:
+                seconds = time.perf_counter() - start
+                state |= {"args": asdict(args), "rng": torch.get_rng_state(), "seconds": seconds}
+                save_checkpoint(run_dir / "checkpoint.pt", **state, memory=file_sizes(memory))
+                if due:
+                    metrics |= evaluate_games(net, teachers, args)
+                metrics["charts/minutes"] = seconds / 60
+                report(writer, step, metrics)
         if args.capture_video:
             film_games(net, teachers, args, run_dir)
     except KeyboardInterrupt:
@@ -1103,6 +1036,58 @@ def main(args: Args) -> dict[str, float]:
     finally:
         writer.close()
     return metrics
+
+
+# What may change when a run goes on. All else shapes its networks, replays or numbers.
+MAY_CHANGE = (
+    "total_timesteps total_rounds eval_every eval_episodes eval_epsilon teachers capture_video "
+    "device run_dir resume evaluate"
+)
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    try:
+        torch.manual_seed(args.seed)
+        teachers, checkpoint = nn.ModuleList(), {}
+        if args.teachers:
+            if args.env_ids != Args.env_ids:
+                raise SystemExit("--env-ids has no effect beside --teachers: leave it out.")
+            env_ids, networks = zip(*map(load_teacher, args.teachers))
+            args, teachers = replace(args, env_ids=env_ids), nn.ModuleList(networks)
+        check_stage(args)
+        num_actions = [int(make_env(env_id).action_space.n) for env_id in args.env_ids]
+        net = make_net(args, num_actions).to(choose_device(args.device))
+        if args.online:
+            teachers = nn.ModuleList([GameNetwork(SIZES["same"], num_actions)])
+        teachers.share_memory()  # with the collectors, who thus see an online one change
+
+        if args.resume or args.evaluate:
+            path, shaping = Path(args.resume or args.evaluate), ["stage", "env_ids", "student"]
+            if args.resume:
+                shaping = sorted(vars(args).keys() - MAY_CHANGE.split())
+            checkpoint = load_checkpoint(path, args, net, *shaping)
+            if "teachers" in checkpoint:
+                teachers.load_state_dict(checkpoint["teachers"])
+        if args.evaluate:
+            if args.capture_video:
+                film_games(net, teachers, args, path.parent)
+            return evaluate_games(net, teachers, args)
+        if args.resume and file_sizes(path.parent / "memory") != checkpoint.get("memory"):
+            raise SystemExit(
+                f"The replays in {path.parent / 'memory'} are missing or not as {path} left them: "
+                "the run cannot go on."
+            )
+        steps, rounds = checkpoint.get("steps", 0), checkpoint.get("halves", 0) // 2
+        for had, what in ((steps, "timesteps"), (rounds, "rounds")):
+            if had >= getattr(args, f"total_{what}"):
+                raise SystemExit(
+                    f"{path} has had {had} {what}: --evaluate it or raise --total-{what}."
+                )
+        check_memory(args, num_actions)
+        return run_stage(net, teachers, args, checkpoint)
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped.") from None
 
 
 if __name__ == "__main__":
