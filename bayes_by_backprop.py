@@ -128,15 +128,18 @@ class SampledWeights(torch.autograd.Function):
 
     In w's own gradient -eps / sigma of log q meets +eps / sigma of its mean and is gone; what
     remains of log q is -1 / sigma, in the gradient of rho. In place: W is in the millions, and
-    fresh memory costs more than the arithmetic.
+    fresh memory costs more than the arithmetic. The value of the second output costs a third of a
+    step, and its gradient does not need it: without valued it is 0.
     """
 
     @staticmethod
-    def forward(ctx, mu: Tensor, rho: Tensor, eps: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+    def forward(ctx, mu: Tensor, rho: Tensor, eps: Tensor, prior: Prior, valued: bool):
         sigma = F.softplus(rho)
         w = torch.addcmul(mu, sigma, eps)
         ctx.prior = prior
         ctx.save_for_backward(w, rho, sigma, eps)
+        if not valued:
+            return w, w.new_zeros(())
         return w, log_q(eps, sigma).sub_(prior.log_density(w)).sum()
 
     @staticmethod
@@ -144,7 +147,7 @@ class SampledWeights(torch.autograd.Function):
         w, rho, sigma, eps = ctx.saved_tensors
         d_mu = ctx.prior.score(w).mul_(-d_kl).add_(d_w)
         d_rho = (d_mu * eps).sub_(sigma.reciprocal().mul_(d_kl)).mul_(rho.sigmoid())
-        return d_mu, d_rho, None, None
+        return d_mu, d_rho, None, None, None
 
 
 class WeightPosterior(nn.Module):
@@ -156,9 +159,9 @@ class WeightPosterior(nn.Module):
         self.rho = nn.Parameter(torch.full_like(self.mu, rho_init))
         self.register_buffer("kept", torch.ones_like(self.mu, dtype=torch.bool))
 
-    def sample(self, prior: Prior) -> tuple[Tensor, Tensor]:
+    def sample(self, prior: Prior, valued: bool = True) -> tuple[Tensor, Tensor]:
         """w [W] and log q(w) - log P(w), for training; nothing is pruned yet."""
-        return SampledWeights.apply(self.mu, self.rho, torch.randn_like(self.mu), prior)
+        return SampledWeights.apply(self.mu, self.rho, torch.randn_like(self.mu), prior, valued)
 
     @torch.no_grad()
     def draw(self) -> Tensor:
@@ -190,7 +193,7 @@ class PointEstimate(nn.Module):
         super().__init__()
         self.w = nn.Parameter(initial_weights(sizes))
 
-    def sample(self, prior: Prior) -> tuple[Tensor, Tensor]:
+    def sample(self, prior: Prior, valued: bool = True) -> tuple[Tensor, Tensor]:
         return self.w, torch.zeros((), device=self.w.device)
 
     def draw(self) -> Tensor:
@@ -233,15 +236,17 @@ def minibatch_cost(
     pi_i: float,
     prior: Prior,
     samples: int,
+    valued: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """pi_i KL - log P(D_i|w), the same w in all three terms, mean over samples (equations 2, 9).
 
     negative_log_likelihood(w) sums over the examples of the minibatch, so that the costs of an
-    epoch sum to the free energy of the whole training set. Returns both terms.
+    epoch sum to the free energy of the whole training set. Returns both terms, the first without
+    its value if that is not asked for.
     """
     kl, error = 0, 0
     for _ in range(samples):
-        w, kl_of_w = weights.sample(prior)
+        w, kl_of_w = weights.sample(prior, valued)
         kl, error = kl + pi_i * kl_of_w / samples, error + negative_log_likelihood(w) / samples
     return kl, error
 
@@ -488,13 +493,13 @@ def update(
     batch_size: int,
     prior: Prior,
     samples: int,
-) -> tuple[Tensor, Tensor]:
-    """One step on the cost of a minibatch by its size; returns KL and error terms of the cost."""
-    kl, error = minibatch_cost(weights, negative_log_likelihood, pi_i, prior, samples)
+) -> Tensor:
+    """One step on the cost of a minibatch by its size; returns the error term of the cost."""
     optimizer.zero_grad()
+    kl, error = minibatch_cost(weights, negative_log_likelihood, pi_i, prior, samples, valued=False)
     ((kl + error) / batch_size).backward()
     optimizer.step()
-    return kl.detach(), error.detach()
+    return error.detach()
 
 
 @torch.no_grad()
@@ -626,7 +631,7 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
     writer = open_writer(args, f"{args.task}_{args.method}")
     try:
         for epoch in tqdm(range(first_epoch, args.epochs + 1), unit="epoch", disable=None):
-            start, terms = time.perf_counter(), []
+            start, errors = time.perf_counter(), []
             batches = torch.randperm(len(x)).to(device).split(args.batch_size)
             for i, batch in enumerate(batches, start=1):
 
@@ -636,9 +641,9 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
 
                 pi_i = kl_weight(i, len(batches), args.kl_weighting)
                 how = pi_i, args.batch_size, prior, args.samples
-                terms.append(torch.stack(update(weights, optimizer, negative_log_likelihood, *how)))
-                refuse_infinity(terms[-1].sum().item(), f"in step {i} of epoch {epoch}")
-            kl, error = torch.stack(terms).sum(0).tolist()
+                errors.append(update(weights, optimizer, negative_log_likelihood, *how))
+                refuse_infinity(errors[-1].item(), f"in step {i} of epoch {epoch}")
+            kl, error = weights.sample(prior)[1].item(), torch.stack(errors).sum().item()
             refuse_infinity(weights.mean().sum().item(), f"at the end of epoch {epoch}")
             seconds += time.perf_counter() - start
 
@@ -742,7 +747,7 @@ def run_regression(args: Args, device: str) -> dict[str, float]:
     writer = open_writer(args, args.task)
     try:
         for epoch in tqdm(range(first_epoch, args.epochs + 1), unit="epoch", disable=None):
-            batches, costs = torch.randperm(len(x)).to(device).split(args.batch_size), []
+            batches, errors = torch.randperm(len(x)).to(device).split(args.batch_size), []
             for i, batch in enumerate(batches, start=1):
 
                 def negative_log_likelihood(w: Tensor, batch: Tensor = batch) -> Tensor:
@@ -751,15 +756,16 @@ def run_regression(args: Args, device: str) -> dict[str, float]:
 
                 pi_i = kl_weight(i, len(batches), args.kl_weighting)
                 how = negative_log_likelihood, pi_i, args.batch_size, prior, args.samples
-                terms = [update(net, opt, *how) for net, opt in zip(both.values(), optimizers)]
-                costs.append(sum(terms[0]))
-                refuse_infinity((costs[-1] + sum(terms[1])).item(), f"in step {i} of epoch {epoch}")
+                pair = [update(net, opt, *how) for net, opt in zip(both.values(), optimizers)]
+                errors.append(pair[0])
+                refuse_infinity(sum(pair).item(), f"in step {i} of epoch {epoch}")
             if epoch % 100 and epoch < args.epochs:
                 continue
             state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             state |= {"rng": torch.get_rng_state(), "args": asdict(args), "net": both.state_dict()}
             save_checkpoint(Path(writer.log_dir, "checkpoint.pt"), epoch=epoch, **state)
-            metrics = {"losses/free_energy": torch.stack(costs).sum().item()} | measure()
+            kl = both["Bayes by Backprop"].sample(prior)[1]
+            metrics = {"losses/free_energy": (kl + sum(errors)).item()} | measure()
             report(writer, epoch, metrics)
     except KeyboardInterrupt:
         raise stopped(writer.log_dir) from None
@@ -849,10 +855,11 @@ def run_bandit(args: Args) -> dict[str, float]:
 
                 pi_i = kl_weight(i, STEPS, args.kl_weighting)
                 how = pi_i, BATCH, prior, args.samples
-                terms = update(weights, optimizer, negative_log_likelihood, *how)
+                error = update(weights, optimizer, negative_log_likelihood, *how)
             if (t + 1) % args.report_every and t + 1 < args.interactions:
                 continue
-            refuse_infinity(sum(terms).item(), f"after mushroom {t}")
+            refuse_infinity(error.item(), f"after mushroom {t}")
+            kl = weights.sample(prior)[1].item()
             seconds, start = seconds + time.perf_counter() - start, time.perf_counter()
             state = {
                 "net": weights.state_dict(),
@@ -863,8 +870,8 @@ def run_bandit(args: Args) -> dict[str, float]:
             state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
             path = Path(writer.log_dir, "checkpoint.pt")
             save_checkpoint(path, t=t + 1, regret=regret, **state)
-            metrics = {"charts/regret": regret, "losses/kl": terms[0].item()}
-            metrics |= {"losses/error": terms[1].item(), "charts/minutes": seconds / 60}
+            metrics = {"charts/regret": regret, "losses/kl": kl}
+            metrics |= {"losses/error": error.item(), "charts/minutes": seconds / 60}
             report(writer, t + 1, metrics)
     except KeyboardInterrupt:
         raise stopped(writer.log_dir) from None

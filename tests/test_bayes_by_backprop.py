@@ -53,21 +53,23 @@ def test_math_prior_is_finite_far_from_its_narrow_part():
 def test_math_log_q_is_the_density_of_the_sample():
     mu, rho, eps = (torch.randn(50, dtype=torch.float64) for _ in range(3))
     sigma = torch.log(1 + torch.exp(rho))
-    w, kl = bbb.SampledWeights.apply(mu, rho, eps, MIXTURE)
+    w, kl = bbb.SampledWeights.apply(mu, rho, eps, MIXTURE, True)
     torch.testing.assert_close(w, mu + sigma * eps)
     log_q = Normal(mu, sigma).log_prob(w)
     torch.testing.assert_close(bbb.log_q(eps, sigma), log_q)
     torch.testing.assert_close(kl, (log_q - mixture(MIXTURE).log_prob(w)).sum())
 
 
-def test_gradient_of_the_cost_is_that_of_the_paper():
+@pytest.mark.parametrize("valued", [True, False])
+def test_gradient_of_the_cost_is_that_of_the_paper(valued):
     """d_mu = df/dw + df/dmu, d_rho = df/dw eps / (1 + exp(-rho)) + df/drho, f written out."""
     torch.manual_seed(0)
     mu, rho, eps = (torch.randn(9, dtype=torch.float64) for _ in range(3))
     prior, pi_i, target = Prior(0.25, 0.5, 0.05), 0.3, torch.randn(9, dtype=torch.float64)
     ours = [p.clone().requires_grad_() for p in (mu, rho)]
-    w, kl = bbb.SampledWeights.apply(*ours, eps, prior)
+    w, kl = bbb.SampledWeights.apply(*ours, eps, prior, valued)
     (pi_i * kl + (w - target).pow(4).sum()).backward()
+    assert (kl == 0) == (not valued)
 
     w, mu, rho = (p.clone().requires_grad_() for p in (w.detach(), mu, rho))
     f = pi_i * (Normal(mu, F.softplus(rho)).log_prob(w) - mixture(prior).log_prob(w)).sum()
@@ -81,7 +83,7 @@ def test_gradient_check():
     eps = torch.randn(6, dtype=torch.float64)
     prior = Prior(0.4, 0.9, 0.2)
     assert torch.autograd.gradcheck(
-        lambda mu, rho: bbb.SampledWeights.apply(mu, rho, eps, prior), (mu, rho)
+        lambda mu, rho: bbb.SampledWeights.apply(mu, rho, eps, prior, True), (mu, rho)
     )
 
 
@@ -128,7 +130,7 @@ def test_math_costs_of_an_epoch_sum_to_the_free_energy():
     weights, sizes = WeightPosterior((4, 5, 3), -3.0), (4, 5, 3)
     x, y = torch.randn(23, 4), torch.randint(3, (23,))
     fixed = weights.sample(MIXTURE)
-    weights.sample = lambda prior: fixed
+    weights.sample = lambda prior, valued: fixed
 
     def error(examples):
         return lambda w: F.cross_entropy(
@@ -151,8 +153,8 @@ def test_math_the_same_sample_stands_in_all_terms():
     seen = []
     sample = weights.sample
 
-    def noting(prior):
-        seen.append(sample(prior))
+    def noting(prior, valued):
+        seen.append(sample(prior, valued))
         return seen[-1]
 
     weights.sample = noting
@@ -167,10 +169,23 @@ def test_math_the_step_descends_the_cost_by_the_batch_size():
     before = weights.w.detach().clone()
     args = Args(optimizer="sgd", learning_rate=0.1)
     optimizer = bbb.optimizer_of(weights, args)
-    kl, error = bbb.update(weights, optimizer, lambda w: w.sum(), 1.0, 5, MIXTURE, 1)
+    error = bbb.update(weights, optimizer, lambda w: w.sum(), 1.0, 5, MIXTURE, 1)
     torch.testing.assert_close(weights.w.detach(), before - 0.1 / 5)
-    assert kl == 0 and error == pytest.approx(before.sum().item(), rel=1e-4)
+    assert weights.sample(MIXTURE)[1] == 0 and error == pytest.approx(before.sum().item(), rel=1e-4)
     assert not error.requires_grad
+
+
+def test_gradient_of_a_step_has_both_terms_of_the_cost():
+    weights, args = WeightPosterior((4, 3, 2), -1.0), Args(optimizer="sgd", learning_rate=0.1)
+    before = [p.detach().clone() for p in (weights.mu, weights.rho)]
+    optimizer, cost = bbb.optimizer_of(weights, args), (lambda w: w.square().sum(), 0.3)
+    torch.manual_seed(0)
+    kl, error = bbb.minibatch_cost(weights, *cost, MIXTURE, 2)
+    d_mu, d_rho = torch.autograd.grad(kl + error, (weights.mu, weights.rho))
+    torch.manual_seed(0)
+    assert bbb.update(weights, optimizer, *cost, 5, MIXTURE, 2) == error
+    torch.testing.assert_close(weights.mu.detach(), before[0] - 0.1 / 5 * d_mu)
+    torch.testing.assert_close(weights.rho.detach(), before[1] - 0.1 / 5 * d_rho)
 
 
 # ---- Network ------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def ours(args: Args, method: str, prior: str = "mixture") -> Callable[[], None]:
 
     def step() -> None:
         how = 1 / 390, args.batch_size, prior_of_w, 1
-        sum(bbb.update(weights, optimizer, negative_log_likelihood, *how)).item()
+        bbb.update(weights, optimizer, negative_log_likelihood, *how).item()
 
     return step
 
