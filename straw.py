@@ -16,31 +16,35 @@
     Result   not yet measured
 
 Departures: ours (the paper's)
-    lambda 1e-3, alpha 1e-5, entropy cost 1e-3, learning rate 5e-4 (drawn at random, 200 runs each)
-    text: learning rate 1, falling, gradient norm 0.5, 32 places in pieces of 40 characters, mean
-      loss (not told; eq. 3 sums); lengths 3 and 4 (4); noise and baselines there are ours (none)
+    lambda 1e-3, alpha 1e-5, entropy cost 1e-3, learning rate 5e-4 (drawn at random, 200 runs each);
+      discount, RMSProp's constants, gradient norm and value cost as in a3c_atari.py (not told)
+    the Run lines of mazes have larger steps, a shorter sight and 4 games a worker, and move goals
+      away every 250,000 steps (2 million), to learn in 10 million steps (200 million)
     tanh in the planner's perceptron (not told; with ReLU plans can grow exponentially)
     at first the patch lies over the next K steps and a plan lasts 5 at most (not told); the grid's
       position is a sigmoid's part of the plan, so it cannot leave it (DRAW: linear)
     the last entry of a written commitment plan is 1, so that at the end of a plan there is another,
       whatever b (not told); b starts at 0 (not told); z = mu + sigma eps (sigma or its square)
     the gate is sampled in evaluation, too (not told); an advantage is clipped in the policy's
-      gradient, not in the value's (not told); discount 0.99, RMSProp's constants, gradient norm 40
-      and the value's cost 0.5 are those of a3c_atari.py (not told)
+      gradient, not in the value's (not told)
+    processes, as many as there are cores (32 threads), each with K games (1), an update sums the
+      gradients of their trajectories. With K > 1 these run on past the ends of games (end there)
+    the state that a trajectory ends in is valued with a gate drawn for that alone; the step from
+      there, in the next trajectory, draws its own (not told)
     mazes: 0.05 for r, perfect mazes with a tenth of the inner walls opened, 16 filters, 128 units
       (not told); the limit of 100 steps cuts the return and bootstraps (not told)
     Atari: rewards clipped to [-1, 1], an episode ends with a life, four screens (not told)
-    text: 256 LSTM cells, 49 most frequent characters and one for all others (50 symbols of Penn
-      Treebank), the first nine tenths to learn, the rest to test; macro-actions are read off the
-      likeliest characters (not told)
-    processes, as many as there are cores (32 threads), each with K games (1), an update sums the
-      gradients of their trajectories; no GPU
+    text: learning rate 1, falling, gradient norm 0.5, 32 places in pieces of 40 characters, 256
+      LSTM cells (not told); mean loss (sum); macro-actions of length 3 and 4 (4), read off the
+      likeliest characters; the 49 most frequent characters and one for all others (50 symbols),
+      nine tenths to learn, the rest to test (not told); noise and baselines are ours; no GPU
 
 Symbols: A action plan, c commitment plan, column 0 of both is the present; g_t gate, 1: replan; psi
 where attention lies in time; beta what is read, xi the planner's hidden layer; z_t what is planned
-from, zeta_t features; e and b of a commitment; s, a, r, V, R as in a3c_atari.py.
-Shapes: B sequences side by side, M of them replan; R rows of a plan (RL: one an action and one for
-V), T columns, K filters. In RL, N <= t_max steps of K games.
+from, zeta_t features; e and b of a commitment; s, a, r, V, R as in a3c_atari.py. Algorithms S1 and
+S2, section 4 and RMSProp's eq. 1 are those of A3C (Mnih et al. 2016), the others this paper's.
+Shapes: N steps of B sequences side by side, M of which replan; R rows of a plan (RL: one an action
+and one for V), T columns, K filters. In RL, N <= t_max steps of K games.
 """
 
 import copy
@@ -57,8 +61,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from http.client import HTTPException
+from itertools import chain, count, islice
 from pathlib import Path
 from pydoc_data import topics
+from queue import SimpleQueue
 from typing import Literal, NamedTuple
 
 import ale_py
@@ -128,45 +134,48 @@ class Args:
 
 def time_shift(plan: Tensor) -> Tensor:
     """rho: a step has passed, column 0 is gone and a zero comes in at the far end, [..., T]."""
-    return F.pad(plan[..., 1:], (0, 1))
+    return F.pad(plan, (-1, 1))
 
 
-def attention_filters(psi: Tensor, num_filters: int, T: int, first: int = 0) -> Tensor:
-    """A grid of Gaussians over time [M, K, T] from psi [M, 3]: position, stride and width.
+def attended_column(psi: Tensor, first: int, last: int) -> Tensor:
+    """A sigmoid's part of the way from the first column to the last: it cannot leave the plan."""
+    return first + (last - first) * psi.sigmoid()
 
-    The position lies between columns first and T - 1. Each row sums to 1: a softmax over t of the
-    exponents is a normalised Gaussian that cannot divide by 0.
-    """
-    position = first + (T - 1 - first) * psi[:, :1].sigmoid()  # [M, 1]
-    stride, sigma = psi[:, 1:].exp().split(1, 1)
-    k = torch.arange(num_filters, device=psi.device) - (num_filters - 1) / 2
-    mu = position + k * stride  # [M, K]
-    t = torch.arange(T, device=psi.device)
-    return (-((t - mu[..., None]) ** 2) / (2 * sigma[..., None] ** 2)).softmax(-1)
+
+def attention_grid(psi: Tensor, K: int, T: int) -> tuple[Tensor, Tensor]:
+    """Centres mu [..., K] and width sigma [..., 1] of K Gaussians, from psi [..., 3]."""
+    stride, sigma = psi[..., 1:].exp().split(1, -1)
+    k = torch.arange(K) - (K - 1) / 2
+    return attended_column(psi[..., :1], 0, T - 1) + k * stride, sigma
+
+
+def attention_filters(mu: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
+    """Gaussians [M, K, T] over the columns t [T], with sum 1: a softmax cannot divide by 0."""
+    return (-0.5 * ((t - mu[..., None]) / sigma[..., None]) ** 2).softmax(-1)
 
 
 def read(A: Tensor, filters: Tensor) -> Tensor:
     """beta [M, R, K], the patch of A [M, R, T] under the filters [M, K, T]."""
-    return A @ filters.mT
+    return torch.bmm(A, filters.mT)
 
 
 def write(patch: Tensor, filters: Tensor) -> Tensor:
     """The patch [M, R, K] spread over a plan's time, [M, R, T]; the transpose of read."""
-    return patch @ filters
+    return torch.bmm(patch, filters)
 
 
 E = 40.0  # e, what a commitment plan is written with
 
 
-def commitment_plan(psi_c: Tensor, b: Tensor, T: int) -> Tensor:
+def commitment_plan(psi_c: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """c [M, T] = sigmoid(b + write(e, psi_c)), chances of replanning (algorithm 1).
 
     One Gaussian makes it almost certain where it lies, b is the chance before that. At the last
     column it is certain, so that no plan is the last.
     """
-    attended = write(psi_c.new_full((len(psi_c), 1, 1), E), attention_filters(psi_c, 1, T, first=1))
-    c = (b + attended[:, 0]).sigmoid()
-    return F.pad(c[:, :-1], (0, 1), value=1.0)
+    mu, sigma = attended_column(psi_c[:, :1], 1, len(t) - 1), psi_c[:, 2:].exp()
+    c = (b + E * attention_filters(mu, sigma, t)[:, 0]).sigmoid()
+    return torch.where(t < len(t) - 1, c, 1.0)
 
 
 FIXED_COMMITMENTS = {  # the ablations of figure 6 as commitment plans
@@ -186,8 +195,8 @@ def straight_through(c_1: Tensor) -> Tensor:
 
 
 def kl_to_prior(mu: Tensor, sigma: Tensor) -> Tensor:
-    """KL(N(mu, sigma^2 I) || N(0, I)) in nats, [M] from mu [M, d] and sigma [M, 1]."""
-    return (mu**2 + sigma**2 - 1 - 2 * sigma.log()).sum(1) / 2
+    """KL(N(mu, sigma^2 I) || N(0, I)) in nats, [...] from mu [..., d] and sigma [..., 1]."""
+    return (mu**2 + sigma**2 - 1 - 2 * sigma.log()).sum(-1) / 2
 
 
 class NoisyChannel(nn.Module):
@@ -195,11 +204,12 @@ class NoisyChannel(nn.Module):
 
     def __init__(self, num_features: int, noise_size: int):
         super().__init__()
-        self.mu, self.log_sigma = nn.Linear(num_features, noise_size), nn.Linear(num_features, 1)
+        self.mu_and_log_sigma = nn.Linear(num_features, noise_size + 1)
 
     def forward(self, zeta: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """z [M, d] and the KL [M] that it costs."""
-        mu, sigma = self.mu(zeta), self.log_sigma(zeta).exp()
+        """z [..., d] and the KL [...] that it costs."""
+        mu, log_sigma = self.mu_and_log_sigma(zeta).split((eps.shape[-1], 1), -1)
+        sigma = log_sigma.exp()
         return mu + sigma * eps, kl_to_prior(mu, sigma)
 
 
@@ -210,31 +220,33 @@ class Plan(NamedTuple):
     c: Tensor  # [B, T] chances of replanning, one step late: entry 1 of the last step is for now
 
 
-def new_plans(plan: Plan, fresh: Tensor) -> Plan:
-    """Where fresh [B], an empty plan that is certain to be replaced."""
-    if not fresh.any():
-        return plan
-    return Plan(plan.A.masked_fill(fresh[:, None, None], 0), plan.c.masked_fill(fresh[:, None], 1))
+class Output(NamedTuple):
+    """What a network makes of N steps of B sequences, and what STRAW pays for it."""
+
+    y: Tensor  # [N, B, R] column 0 of A: logits, in RL with V as the last
+    state: tuple[Tensor, ...]  # after the last step
+    g: Tensor  # [N, B]
+    kl: Tensor  # [] summed over replanning steps
+    c_0: Tensor  # [] summed over all steps
 
 
-class Attention(NamedTuple):
-    """What M replanning steps look at their plans with."""
+def reach(A: Tensor, mu: Tensor, sigma: Tensor) -> int:
+    """Columns in use: after them plans are empty and filters 0, as float32 is at 15 sigma."""
+    used = A.any(0).any(0).nonzero()
+    farthest = max(used[-1].item() if len(used) else 0, (mu[..., -1:] + 15 * sigma).max().item())
+    return int(min(A.shape[-1], farthest + 3))
 
-    z: Tensor  # [M, D]
-    psi: Tensor  # [M, 3]
-    filters: Tensor  # [M, K, T]
 
-
-def aim(linear: nn.Linear, column: float, T: int, first: int = 0) -> None:
-    """psi lies at this column, with stride and width 1, whatever the input: where it starts."""
+def aim(linear: nn.Linear, column: float, first: int, last: int) -> None:
+    """At first psi lies at this column, with stride and width 1, whatever the input."""
+    part = (column - first) / (last - first)
     nn.init.zeros_(linear.weight)
-    part = (column - first) / (T - 1 - first)
     with torch.no_grad():
         linear.bias.copy_(torch.tensor([math.log(part / (1 - part)), 0, 0]))
 
 
 class StrategicAttentiveWriter(nn.Module):
-    """STRAW, and STRAWe when it has a noisy channel: one step of B plans (algorithm 1)."""
+    """STRAW, and STRAWe when it has a noisy channel (algorithm 1)."""
 
     def __init__(self, num_features: int, num_rows: int, args: Args):
         super().__init__()
@@ -244,52 +256,62 @@ class StrategicAttentiveWriter(nn.Module):
             self.noise_size = width = args.noise_size
             self.channel = NoisyChannel(num_features, args.noise_size)
         self.f_psi = nn.Linear(width, 3)
-        self.h = nn.Sequential(  # bounded: a plan that reads and edits itself could explode
-            *(nn.Linear(self.R * self.K + width, 64), nn.Tanh()),
-            *(nn.Linear(64, 64), nn.Tanh()),
-        )
+        aim(self.f_psi, max(self.K - 1, 1) / 2, 0, self.T - 1)  # the patch: columns 0 to K - 1
+        layers = nn.Linear(self.R * self.K + width, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()
+        self.h = nn.Sequential(*layers)  # bounded: a plan that reads and edits itself could explode
         self.f_A = nn.Linear(64, self.R * self.K)
         self.f_c = nn.Linear(3 + 64, 3)
+        aim(self.f_c, 5, 1, self.T - 1)
         self.b = nn.Parameter(torch.zeros(()))
-        aim(self.f_psi, max(self.K - 1, 1) / 2, self.T)  # the patch: columns 0 to K - 1
-        aim(self.f_c, 5, self.T, first=1)
-        fixed = torch.tensor(FIXED_COMMITMENTS.get(args.replan, ()))
-        self.register_buffer("fixed_c", fixed, persistent=False)
+        self.fixed_c = FIXED_COMMITMENTS.get(args.replan)
+        self.register_buffer("t", torch.arange(self.T).float(), persistent=False)
 
     def initial_plan(self, B: int) -> Plan:
-        A = self.b.new_zeros(B, self.R, self.T)
-        return new_plans(Plan(A, A[:, 0]), torch.ones(B, dtype=torch.bool))
-
-    def attend(self, zeta: Tensor, eps: Tensor) -> tuple[Attention, Tensor]:
-        """Where plans are read and written, given features zeta [M, D] and noise eps [M, d].
-
-        Nothing of this depends on the plans: it may be asked for many steps at once. Also the KL of
-        the noise, a sum.
-        """
-        z, kl = self.channel(zeta, eps) if self.channel else (zeta, zeta.new_zeros(0))
-        psi = self.f_psi(z)
-        return Attention(z, psi, attention_filters(psi, self.K, self.T)), kl.sum()
+        """Empty, and certain to be replaced."""
+        return Plan(self.b.new_zeros(B, self.R, self.T), self.b.new_ones(B, self.T))
 
     def commit(self, psi: Tensor, xi: Tensor) -> Tensor:
         """c [M, T]; its gradient stays in this branch, the planner is trained by what it plans."""
-        if len(self.fixed_c):
-            return F.pad(self.fixed_c, (0, self.T - len(self.fixed_c))).expand(len(psi), -1)
-        psi_c = self.f_c(torch.cat([psi, xi], 1).detach())
-        return commitment_plan(psi_c, self.b, self.T)
+        if self.fixed_c:
+            c = F.pad(self.b.new_tensor(self.fixed_c), (0, self.T - len(self.fixed_c)))
+            return c.expand(len(psi), -1)
+        return commitment_plan(self.f_c(torch.cat([psi, xi], 1).detach()), self.b, self.t)
 
-    def forward(self, attention: Attention, plan: Plan, g: Tensor) -> Plan:
-        """The plans a step later; attention is that of the M plans whose gate g [B] is open."""
-        A, c = time_shift(plan.A), time_shift(plan.c)
-        z, psi, filters = attention
-        if len(z):
-            replanning = g.nonzero().squeeze(1)
-            beta = read(plan.A[replanning], filters)  # before the shift
-            xi = self.h(torch.cat([beta.flatten(1), z], 1))
-            patch = self.f_A(xi).unflatten(1, (self.R, self.K))
-            gate = straight_through(plan.c[replanning, 1])
-            A.index_add_(0, replanning, gate[:, None, None] * write(patch, filters))
-            c.index_copy_(0, replanning, self.commit(psi, xi))
-        return Plan(A, c)
+    def forward(
+        self, zeta: Tensor, eps: Tensor, fresh: Tensor, plan: Plan, g: Tensor | None = None
+    ) -> Output:
+        """N steps of B plans, given features zeta [N, B, D] and noise eps [N, B, d].
+
+        Where fresh [N, B] an episode begins, with an empty plan. g [N, B] is drawn if left out.
+        """
+        N, B = fresh.shape
+        z, kl = self.channel(zeta, eps) if self.channel else (zeta, zeta.new_zeros(N, B))
+        psi = self.f_psi(z)
+        mu, sigma = attention_grid(psi, self.K, self.T)
+        looks, sizes = torch.cat([z, psi, mu, sigma], -1), (z.shape[-1], 3, self.K, 1)
+        t = self.t[: reach(plan.A, mu, sigma)]
+        A, c, steps = plan.A[..., : len(t)], plan.c, []
+        for n, (look, begins) in enumerate(zip(looks, fresh.any(1).tolist(), strict=True)):
+            if begins:
+                A = A.masked_fill(fresh[n, :, None, None], 0)
+                c = c.masked_fill(fresh[n, :, None], 1)
+            c_1 = c[:, 1]
+            g_t = draw_gates(c_1) if g is None else g[n]
+            replan = g_t.nonzero().squeeze(1)  # [M] places among B
+            if len(replan):
+                z_t, psi_t, *grid = look.index_select(0, replan).split(sizes, 1)
+                filters = attention_filters(*grid, t)
+                beta = read(A.index_select(0, replan), filters)  # before the shift
+                xi = self.h(torch.cat([beta.flatten(1), z_t], 1))
+                gate = straight_through(c_1.index_select(0, replan))[:, None]
+                patch = (gate * self.f_A(xi)).unflatten(1, (self.R, self.K))
+            A, c = time_shift(A), time_shift(c)
+            if len(replan):
+                A.index_add_(0, replan, write(patch, filters))
+                c.index_copy_(0, replan, self.commit(psi_t, xi))
+            steps.append((A[..., 0], g_t, c[:, 0]))
+        y, g, c_0 = map(torch.stack, zip(*steps))
+        return Output(y, Plan(F.pad(A, (0, self.T - len(t))), c), g, kl[g].sum(), c_0.sum())
 
 
 class ImageFeatures(nn.Sequential):
@@ -297,13 +319,12 @@ class ImageFeatures(nn.Sequential):
 
     def __init__(self, task: Literal["maze", "atari"], shape: tuple[int, int, int]):
         H, W, C = shape
+        first, second, size = nn.Conv2d(C, 16, 8, 4), nn.Conv2d(16, 32, 4, 2), 32 * 9 * 9
         if task == "maze":
-            layers = [nn.Conv2d(C, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)]
+            first, second = nn.Conv2d(C, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
             size = 16 * H * W
-        else:  # Mnih et al. 2013, in colour
-            layers = [nn.Conv2d(C, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2)]
-            size = 32 * 9 * 9
-        super().__init__(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(size, 128), nn.ReLU())
+        layers = first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(size, 128), nn.ReLU()
+        super().__init__(*layers)
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def forward(self, images: Tensor) -> Tensor:
@@ -318,16 +339,6 @@ class Seen(NamedTuple):
     fresh: Tensor  # [N, K] an episode begins
     g: Tensor  # [N, K] gates that are open
     eps: Tensor  # [N, K, d] noise of STRAWe
-
-
-class Output(NamedTuple):
-    """What a policy makes of N steps of B sequences, and what STRAW pays for it."""
-
-    y: Tensor  # [N, B, R] column 0 of A: logits, in RL with V as the last
-    state: tuple[Tensor, ...]  # after the last step
-    g: Tensor  # [N, B]
-    kl: Tensor  # [] summed over replanning steps
-    c_0: Tensor  # [] summed over all steps
 
 
 class StrawPolicy(nn.Module):
@@ -350,18 +361,10 @@ class StrawPolicy(nn.Module):
         return fresh | draw_gates(plan.c[:, 1], generator), noise
 
     def forward(self, seen: Seen, plan: Plan) -> Output:
-        if self.economic:  # what is committed does not look
-            zeta = self.features(seen.s[seen.g])  # [M, 128], M replanning steps of all N
-        else:
-            zeta = self.features(seen.s.flatten(0, 1))[seen.g.flatten()]
-        attention, kl = self.straw.attend(zeta, seen.eps[seen.g])
-        split = partial(torch.split, split_size_or_sections=seen.g.sum(1).tolist())
-        plans = []
-        for g, fresh, *attention_t in zip(seen.g, seen.fresh, *map(split, attention), strict=True):
-            plan = self.straw(Attention(*attention_t), new_plans(plan, fresh), g)
-            plans.append((plan.A[..., 0], plan.c[:, 0]))
-        y, c_0 = map(torch.stack, zip(*plans))
-        return Output(y, plan, seen.g, kl, c_0.sum())
+        look = seen.g if self.economic else torch.ones_like(seen.g)  # what is committed need not
+        zeta = torch.zeros(*look.shape, 128)
+        zeta[look] = self.features(seen.s[look])
+        return self.straw(zeta, seen.eps, seen.fresh, plan, seen.g)
 
 
 class BaselinePolicy(nn.Module):
@@ -389,7 +392,41 @@ class BaselinePolicy(nn.Module):
                 state = self.lstm(x_t, tuple(cells * ~fresh[:, None] for cells in state))
                 outputs.append(state[0])
             x = torch.stack(outputs)
-        return Output(self.head(x), state, seen.g, torch.zeros(()), torch.zeros(()))
+        return Output(self.head(x), state, seen.g, *torch.zeros(2))
+
+
+SYMBOLS = 50  # of the alphabet of text
+
+
+class TextModel(nn.Module):
+    """Predicts characters by a plan or a softmax layer over an LSTM, which reads every character.
+
+    With model ff the layer is over the last character alone.
+    """
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.size = SYMBOLS if args.model == "ff" else args.lstm_size
+        self.lstm = nn.LSTM(SYMBOLS, self.size) if args.model != "ff" else None
+        plans = args.model in ("straw", "strawe")
+        self.straw = StrategicAttentiveWriter(self.size, SYMBOLS, args) if plans else None
+        self.head = None if plans else nn.Linear(self.size, SYMBOLS)
+
+    def initial_state(self, B: int) -> tuple[Tensor, ...]:
+        """The LSTM's cells, if any, then the plans, if any."""
+        cells = (torch.zeros(1, B, self.size),) * 2 if self.lstm else ()
+        return cells + (tuple(self.straw.initial_plan(B)) if self.straw else ())
+
+    def forward(self, x: Tensor, state: tuple[Tensor, ...]) -> Output:
+        """Logits [N, B, 50] of the symbols that follow those of x [N, B]."""
+        zeta, cells, nowhere = F.one_hot(x, SYMBOLS).float(), (), torch.zeros_like(x).bool()
+        if self.lstm:
+            zeta, cells = self.lstm(zeta, state[:2])
+        if not self.straw:
+            return Output(self.head(zeta), cells, ~nowhere, *torch.zeros(2))
+        eps = torch.randn(*x.shape, self.straw.noise_size)
+        out = self.straw(zeta, eps, nowhere, Plan(*state[2:]))
+        return out._replace(state=(*cells, *out.state))
 
 
 class Rollout(NamedTuple):
@@ -444,92 +481,41 @@ def policy_entropy(logits: Tensor) -> Tensor:
     return -(log_pi.exp() * log_pi).sum()
 
 
+def plan_costs(out: Output, args: Args) -> tuple[Tensor, dict[str, float]]:
+    """alpha KL of the steps that replan and lambda c_0 of all (eq. 3); what they were."""
+    watched = {
+        "losses/kl": out.kl.item() / out.g.sum().clamp(min=1).item(),  # of a replanning step
+        "losses/c_0": out.c_0.item() / out.g.numel(),
+        "charts/committed": 100 * (1 - out.g.float().mean().item()),  # percent of the steps
+    }
+    return args.noise_cost * out.kl + args.commitment_cost * out.c_0, watched
+
+
 def straw_loss(net: nn.Module, trajectory: Rollout, args: Args) -> tuple[Tensor, dict[str, float]]:
-    """A3C's loss and the costs of noise and replanning (eq. 3, 4); its parts, a step's mean each.
+    """A3C's loss (eq. 4) and the costs of noise and replanning; its parts, a step's mean each.
 
     The plans, the LSTM's cells or nothing come from the trajectory before: no gradient flows there.
     """
     out = net(trajectory.seen, trajectory.state)
     logits, v = out.y[..., :-1], out.y[..., -1]
-    R = n_step_returns(
-        trajectory.r_t,
-        trajectory.terminated,
-        trajectory.truncated,
-        trajectory.v_t,
-        args.discount,
-    )
-    pi_loss = policy_loss(logits, trajectory.a_tm1, (R - v).clamp(-1, 1))
-    v_loss = value_loss(R - v)
-    entropy = policy_entropy(logits)
-    loss = pi_loss + args.value_cost * v_loss - args.entropy_cost * entropy
-    loss = loss + args.noise_cost * out.kl + args.commitment_cost * out.c_0
-    watched = {
+    _, a_tm1, r_t, terminated, truncated, v_t, _ = trajectory
+    R = n_step_returns(r_t, terminated, truncated, v_t, args.discount)
+    pi_loss = policy_loss(logits, a_tm1, (R - v).clamp(-1, 1))
+    v_loss, entropy = value_loss(R - v), policy_entropy(logits)
+    costs, watched = plan_costs(out, args)
+    watched |= {
         "losses/policy_loss": pi_loss.item() / R.numel(),
         "losses/value_loss": v_loss.item() / R.numel(),
         "losses/entropy": entropy.item() / R.numel(),
-        "losses/kl": out.kl.item() / out.g.sum().clamp(min=1).item(),  # of a replanning step
-        "losses/c_0": out.c_0.item() / R.numel(),
-        "charts/committed": 100 * (1 - out.g.float().mean().item()),  # percent of the steps
     }
-    return loss, watched
-
-
-SYMBOLS = 50  # of the alphabet of text
-
-
-class TextModel(nn.Module):
-    """Predicts characters: features over one-hot symbols, and on top a plan or a softmax layer.
-
-    Features are an LSTM's, which reads every character; with model ff they know only the last one.
-    """
-
-    def __init__(self, args: Args):
-        super().__init__()
-        size = args.lstm_size
-        self.lstm = nn.LSTM(SYMBOLS, size) if args.model != "ff" else None
-        self.last = nn.Sequential(nn.Linear(SYMBOLS, size), nn.ReLU()) if not self.lstm else None
-        plans = args.model in ("straw", "strawe")
-        self.straw = StrategicAttentiveWriter(size, SYMBOLS, args) if plans else None
-        self.head = None if plans else nn.Linear(size, SYMBOLS)
-        self.size = size
-
-    def initial_state(self, B: int) -> tuple[Tensor, ...]:
-        """The LSTM's cells, if any, then the plans, if any."""
-        cells = (torch.zeros(1, B, self.size),) * 2 if self.lstm else ()
-        return cells + (tuple(self.straw.initial_plan(B)) if self.straw else ())
-
-    def forward(self, x: Tensor, state: tuple[Tensor, ...]) -> Output:
-        """Logits [N, B, 50] of the symbols that follow those of x [N, B]."""
-        one_hot = F.one_hot(x, SYMBOLS).float()
-        if self.lstm:
-            zeta, cells = self.lstm(one_hot, state[:2])
-        else:
-            zeta, cells = self.last(one_hot), ()
-        if not self.straw:
-            zero = torch.zeros(())
-            return Output(self.head(zeta), cells, torch.ones_like(x).bool(), zero, zero)
-        plan, steps = Plan(*state[2:]), []
-        for zeta_t in zeta:
-            g = draw_gates(plan.c[:, 1])
-            zeta_t = zeta_t[g]
-            eps = torch.randn(len(zeta_t), self.straw.noise_size)
-            attention, kl = self.straw.attend(zeta_t, eps)
-            plan = self.straw(attention, plan, g)
-            steps.append((plan.A[..., 0], g, kl, plan.c[:, 0]))
-        y, g, kl, c_0 = map(torch.stack, zip(*steps))
-        return Output(y, (*cells, *plan), g, kl.sum(), c_0.sum())
+    return pi_loss + args.value_cost * v_loss - args.entropy_cost * entropy + costs, watched
 
 
 def text_loss(out: Output, y: Tensor, args: Args) -> tuple[Tensor, dict[str, float]]:
-    """Negative log likelihood of y [N, B] with the costs of eq. 3, all a symbol's mean."""
+    """Negative log likelihood of y [N, B] and the costs of noise and replanning, means."""
     nll = F.cross_entropy(out.y.flatten(0, 1), y.flatten())
-    costs = args.noise_cost * out.kl + args.commitment_cost * out.c_0
-    watched = {
-        "losses/bits_per_character": nll.item() / math.log(2),
-        "losses/kl": out.kl.item() / out.g.sum().clamp(min=1).item(),
-        "losses/c_0": out.c_0.item() / y.numel(),
-        "charts/committed": 100 * (1 - out.g.float().mean().item()),
-    }
+    costs, watched = plan_costs(out, args)
+    watched["losses/bits_per_character"] = nll.item() / math.log(2)
     return nll + costs / y.numel(), watched
 
 
@@ -564,23 +550,22 @@ def clip_by_norm(gradients: Sequence[Tensor], max_norm: float) -> float:
     return norm
 
 
-def gradients_of(loss: Tensor, net: nn.Module) -> Sequence[Tensor]:
-    """Of all parameters: 0 for one that took no part, as planners do not in a long commitment."""
+def gradients_of(loss: Tensor, net: nn.Module, max_norm: float) -> tuple[Sequence[Tensor], float]:
+    """Clipped, and their norm; 0 for what took no part, as planners do not in a long commitment."""
     theta = list(net.parameters())
     if not loss.requires_grad:
-        return [torch.zeros_like(t) for t in theta]
-    return torch.autograd.grad(loss, theta, allow_unused=True, materialize_grads=True)
+        return [torch.zeros_like(t) for t in theta], 0.0
+    gradients = torch.autograd.grad(loss, theta, allow_unused=True, materialize_grads=True)
+    return gradients, clip_by_norm(gradients, max_norm)
 
 
-LONGEST = 40  # macro-actions of this length and longer count together
-PERIODS = 50  # of training, each with its own histogram of lengths
+PERIODS, LONGEST = 50, 40  # of training; longer macro-actions count with those of 40 steps
 
 
 def count_commitments(histogram: Tensor, part: float, g: Tensor, age: Tensor) -> Tensor:
     """Add to histogram [PERIODS, LONGEST + 1] the macro-actions that end in gates g [N, B].
 
-    part of the training is over. age [B]: steps since the last replanning; returns it as it is
-    after the last step. Before the first plan it is 0; column 0 of the histogram means nothing.
+    Returns age [B], steps since replanning, as it is afterwards; before the first plan it is 0.
     """
     row = histogram[min(PERIODS - 1, int(PERIODS * part))]
     for g_t in g:
@@ -603,7 +588,7 @@ def neighbours(walls: np.ndarray, cell: tuple[int, int]) -> list[tuple[int, int]
 
 
 def carve(S: int, random: np.random.Generator) -> np.ndarray:
-    """Walls [S, S] of a maze: a depth-first search from room to room, then some doors more."""
+    """Walls [S, S] of a maze: a depth-first search from room to room, then some more doors."""
     walls = np.ones((S, S), bool)
     walls[1, 1], path = False, [(1, 1)]  # rooms lie at odd coordinates
     while path:
@@ -633,17 +618,6 @@ def distances(walls: np.ndarray, goal: tuple[int, int]) -> np.ndarray:
                 steps[there] = steps[cell] + 1
                 queue.append(there)
     return steps
-
-
-def end_of_walk(
-    walls: np.ndarray, start: tuple[int, int], length: int, random: np.random.Generator
-) -> tuple[int, int]:
-    """Where a random walk of so many steps ends."""
-    cell = start
-    for _ in range(length):
-        around = neighbours(walls, cell)
-        cell = around[random.integers(len(around))]
-    return cell
 
 
 class Maze(gym.Env):
@@ -677,29 +651,30 @@ class Maze(gym.Env):
         cells = [tuple(cell) for cell in np.argwhere(~self.walls).tolist()]
         self.agent = self.goal = cells[self.np_random.integers(len(cells))]
         while self.goal == self.agent:
-            if self.walk:
-                self.goal = end_of_walk(self.walls, self.agent, self.walk, self.np_random)
-            else:
+            if not self.walk:
                 self.goal = cells[self.np_random.integers(len(cells))]
+            for _ in range(self.walk):
+                around = neighbours(self.walls, self.goal)
+                self.goal = around[self.np_random.integers(len(around))]
         self.optimal = self.r * (2 - int(distances(self.walls, self.goal)[self.agent]))
         return self.image(), {}
 
     def step(self, action: int):
         down, right = list(MOVES.values())[action]
-        there = self.agent[0] + down, self.agent[1] + right
-        self.t += 1
-        r_t = -2 * self.r if self.walls[there] else -self.r
+        there, r_t = (self.agent[0] + down, self.agent[1] + right), -2 * self.r
         if not self.walls[there]:
-            self.agent = there
+            self.agent, r_t = there, self.r if there == self.goal else -self.r
+        self.t += 1
         terminated = self.agent == self.goal
         truncated = not terminated and self.t == MAZE_STEPS
-        info = {"optimal": self.optimal}
-        return self.image(), self.r if terminated else r_t, terminated, truncated, info
+        return self.image(), r_t, terminated, truncated, {"optimal": self.optimal}
 
 
-def walk_length(step: int, curriculum_period: int) -> int:
-    """Of the random walk from start to goal: 2 at first, one more in each period; 0: anywhere."""
-    return 2 + step // curriculum_period if curriculum_period else 0
+def set_curriculum(envs: Sequence[gym.Env], args: Args, step: int) -> None:
+    """Goals of mazes, from now on: ends of walks of 2 steps and, each period, one more."""
+    if args.task == "maze" and args.curriculum_period:
+        for env in envs:
+            env.unwrapped.walk = 2 + step // args.curriculum_period
 
 
 MAX_FRAMES = 108_000  # of a game, 30 minutes of play; then it is truncated
@@ -762,39 +737,30 @@ def make_env(args: Args, training: bool = True) -> gym.Env:
     return TransformObservation(FrameStackObservation(env, 4), cv2.merge, stack)
 
 
-def first_images(envs: Sequence[gym.Env], seeds: Sequence[int]) -> Tensor:
-    """[K, H, W, C] of K games."""
-    return torch.from_numpy(np.stack([env.reset(seed=i)[0] for env, i in zip(envs, seeds)]))
-
-
 def decide(
-    net: nn.Module,
-    s: Tensor,
-    a_before: Tensor,
-    fresh: Tensor,
-    state: tuple[Tensor, ...],
-    generator: torch.Generator | None = None,
+    net: nn.Module, now: tuple[Tensor, ...], state: tuple, generator: torch.Generator | None = None
 ) -> tuple[Seen, Output]:
-    """One step of K games: draw the gates, let the network look where they are open."""
-    seen = Seen(s, a_before, fresh, *net.draw(state, fresh, generator))
+    """One step of K games, now s, a_before and fresh: draw the gates, look where they are open."""
+    seen = Seen(*now, *net.draw(state, now[2], generator))
     return seen, net(Seen(*(part[None] for part in seen)), state)
 
 
 def rollouts(
     envs: Sequence[gym.Env], seeds: list[int], net: nn.Module, t_max: int
 ) -> Iterator[tuple[Rollout, list[dict]]]:
-    """Endless rollouts of K games side by side, each with the parameters net has by then.
+    """Endless rollouts of K games side by side, each with the parameters that net has by then.
 
-    Each comes with the last infos of the whole games that ended in it.
+    With it come the last infos of the whole games that ended in it.
     """
     K = len(envs)
-    s_tm1, a_tm2, fresh = first_images(envs, seeds), torch.zeros(K).long(), torch.ones(K).bool()
+    s_tm1 = torch.from_numpy(np.stack([env.reset(seed=i)[0] for env, i in zip(envs, seeds)]))
+    a_tm2, fresh = torch.zeros(K).long(), torch.ones(K).bool()
     state = net.initial_state(K)
     while True:
         steps, games, first_state, last = [], [], state, False
         while not last:
             with torch.no_grad():
-                seen, out = decide(net, s_tm1, a_tm2, fresh, state)
+                seen, out = decide(net, (s_tm1, a_tm2, fresh), state)
                 a_tm1, state = sample(out.y[0, :, :-1]), out.state  # [K]
             outcomes = [env.step(a) for env, a in zip(envs, a_tm1.tolist(), strict=True)]
             images, *outcomes, infos = zip(*outcomes)
@@ -807,7 +773,7 @@ def rollouts(
             v_t = torch.zeros(K)
             if last or truncated.any():
                 with torch.no_grad():  # the new state is dropped: it has yet to see s_t
-                    v_t = decide(net, s_t, a_tm1, ended & False, state)[1].y[0, :, -1]
+                    v_t = decide(net, (s_t, a_tm1, ended & False), state)[1].y[0, :, -1]
             steps.append((*seen, a_tm1, r_t, terminated, truncated, v_t))
 
             s_tm1, a_tm2, fresh = s_t, a_tm1, ended  # s_t has had its value: it may be overwritten
@@ -870,22 +836,16 @@ def read_text(args: Args) -> str:
 OTHER = "\N{REPLACEMENT CHARACTER}"  # stands for the characters that are too rare for the alphabet
 
 
-class Text(NamedTuple):
-    """A text in an alphabet of 50 symbols, the last of which stands for all rare characters."""
+def encode(text: str) -> tuple[str, Tensor, Tensor]:
+    """An alphabet of 50 symbols, and in it nine tenths of the text to learn, [L], and the rest.
 
-    alphabet: str
-    train: Tensor  # [L] numbers of symbols
-    test: Tensor  # [L / 9]
-
-
-def encode(text: str) -> Text:
-    """The alphabet is made of the most frequent characters of the part to be learned."""
+    It holds the most frequent characters of what is to be learned; the last stands for all others.
+    """
     cut = len(text) * 9 // 10
     frequent = [character for character, _ in Counter(text[:cut]).most_common(SYMBOLS - 1)]
-    alphabet = "".join(frequent).ljust(SYMBOLS, OTHER)
     numbers = {character: i for i, character in enumerate(frequent)}
     codes = torch.tensor([numbers.get(character, SYMBOLS - 1) for character in text])
-    return Text(alphabet, codes[:cut], codes[cut:])
+    return "".join(frequent).ljust(SYMBOLS, OTHER), codes[:cut], codes[cut:]
 
 
 def side_by_side(codes: Tensor, B: int) -> Tensor:
@@ -906,49 +866,37 @@ def ngrams(codes: Tensor, length: int) -> Counter:
     return Counter(zip(*(codes[i:].tolist() for i in range(length))))
 
 
-class MacroAction(NamedTuple):
-    """A row of figure 3c's table."""
+def rank_macro_actions(used: Counter, occurring: Counter, alphabet: str) -> list[tuple]:
+    """The 20 most used macro-actions and how frequent they are in a text as n-grams (figure 3c).
 
-    rank: int  # by use, from 1
-    string: str
-    uses: int
-    true_rank: int  # among the n-grams of the text; one more than there are if it is none
-    occurrences: int  # in the text
-
-
-def rank_macro_actions(
-    used: Counter, occurring: Counter, alphabet: str, most: int = 20
-) -> list[MacroAction]:
-    """The most used macro-actions and how frequent they are in the text as n-grams."""
-    ranks = {ngram: i + 1 for i, (ngram, _) in enumerate(occurring.most_common())}
+    Rows of rank by use, string, uses, rank in the text (behind the last if none) and occurrences.
+    """
+    ranks = {ngram: i for i, (ngram, _) in enumerate(occurring.most_common(), 1)}
     rows = []
-    for i, (ngram, uses) in enumerate(used.most_common(most)):
+    for i, (ngram, uses) in enumerate(used.most_common(20), 1):
         string = "".join(alphabet[symbol] for symbol in ngram)
-        true_rank = ranks.get(ngram, len(ranks) + 1)
-        rows.append(MacroAction(i + 1, string, uses, true_rank, occurring[ngram]))
+        rows.append((i, string, uses, ranks.get(ngram, len(ranks) + 1), occurring[ngram]))
     return rows
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's: of the ranks of x and y, equal values sharing their mean rank."""
-    ranks = []
-    for values in (np.asarray(x), np.asarray(y)):
-        below, equal = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)
-        ranks.append(below + (equal - 1) / 2)
+    """Spearman's; a rank is how many values lie below less how many lie above."""
+    ranks = [np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y)]
     return float(np.corrcoef(*ranks)[0, 1])
 
 
 FREQUENT = 100  # n-grams up to this rank count as frequent
 
 
-def macro_action_metrics(rows: list[MacroAction], length: int) -> dict[str, float]:
+def macro_action_metrics(rows: list[tuple], length: int) -> dict[str, float]:
     """How far the ranks agree, and the percentage of macro-actions that are frequent n-grams."""
-    metrics = {}
-    if rows:
-        frequent = sum(row.true_rank <= FREQUENT for row in rows) / len(rows)
-        metrics[f"eval/macro_{length}_frequent"] = 100 * frequent
-    if len({row.true_rank for row in rows}) > 1 and len({row.uses for row in rows}) > 1:
-        agreement = rank_correlation([-row.uses for row in rows], [row.true_rank for row in rows])
+    if not rows:
+        return {}
+    _, _, uses, true_ranks, _ = zip(*rows)
+    frequent = sum(rank <= FREQUENT for rank in true_ranks) / len(rows)
+    metrics = {f"eval/macro_{length}_frequent": 100 * frequent}
+    if len(set(uses)) > 1 and len(set(true_ranks)) > 1:
+        agreement = rank_correlation(np.negative(uses), true_ranks)
         metrics[f"eval/macro_{length}_rank_correlation"] = agreement
     return metrics
 
@@ -961,37 +909,31 @@ def independent_seeds(count: int, *purpose: int) -> list[int]:
     return np.random.SeedSequence(purpose).generate_state(count).tolist()
 
 
-class Moment(NamedTuple):
-    """A step of K games, for those who watch."""
-
-    playing: list[int]  # the games that are not over yet
-    s: Tensor  # [K, H, W, C]
-    g: Tensor  # [K]
-    out: Output  # of this one step
-    ended: list[dict]  # last infos of the games that it ended
-
-
 @torch.no_grad()
 def whole_games(
     net: nn.Module, envs: Sequence[gym.Env], seed: int, watch: Callable = lambda: None
-) -> Iterator[Moment]:
-    """One game of each env to its end, gates and actions sampled. watch() is called every step."""
-    K = len(envs)
-    generator = torch.Generator().manual_seed(seed)
-    s, a, fresh = first_images(envs, independent_seeds(K, seed)), torch.zeros(K).long(), True
-    state, playing = net.initial_state(K), list(range(K))
+) -> Iterator[tuple[list[int], Seen, Output, list[dict]]]:
+    """One game of each of K envs to its end, gates and actions sampled.
+
+    Yields of every step the games that were not over, what was seen and put out in all K, and the
+    last infos of those that it ended. watch() is called every step.
+    """
+    K, playing = len(envs), list(range(len(envs)))
+    generator, seeds = torch.Generator().manual_seed(seed), independent_seeds(K, seed)
+    s = torch.from_numpy(np.stack([env.reset(seed=i)[0] for env, i in zip(envs, seeds)]))
+    a, fresh, state = torch.zeros(K).long(), torch.ones(K).bool(), net.initial_state(K)
     while playing:
         watch()
-        seen, out = decide(net, s, a, torch.full((K,), fresh), state, generator)
-        a, state, fresh = sample(out.y[0, :, :-1], generator), out.state, False
-        moment, s = Moment(playing.copy(), s, seen.g, out, []), s.clone()
-        for k in moment.playing:
+        seen, out = decide(net, (s, a, fresh), state, generator)
+        a, fresh, state = sample(out.y[0, :, :-1], generator), fresh & False, out.state
+        s, before, ended = s.clone(), playing.copy(), []
+        for k in before:
             image, _, terminated, truncated, info = envs[k].step(a[k].item())
             s[k] = torch.from_numpy(image)
             if terminated or truncated:
-                moment.ended.append(info | {"solved": terminated})
+                ended.append(info | {"solved": terminated})
                 playing.remove(k)
-        yield moment
+        yield before, seen, out, ended
 
 
 def evaluate(
@@ -999,19 +941,18 @@ def evaluate(
 ) -> dict[str, float]:
     """True scores of whole games, in mazes as the curriculum has them at that step."""
     envs = [make_env(args, training=False) for _ in range(args.eval_episodes)]
-    for env in envs:
-        if args.task == "maze":
-            env.unwrapped.walk = walk_length(step, args.curriculum_period)
+    set_curriculum(envs, args, step)
     games, steps, replans = [], 0, 0
     with tqdm(total=len(envs), unit="game", leave=False, disable=None) as bar:
-        for moment in whole_games(net, envs, args.seed, watch):
-            games += moment.ended
-            bar.update(len(moment.ended))
-            steps += len(moment.playing)
-            replans += moment.g[moment.playing].sum().item()
+        for playing, seen, _, ended in whole_games(net, envs, args.seed, watch):
+            games += ended
+            bar.update(len(ended))
+            steps += len(playing)
+            replans += seen.g[playing].sum().item()
+    scores = [game["episode"]["r"] for game in games]
     metrics = {
-        "eval/episodic_return": float(np.mean([game["episode"]["r"] for game in games])),
-        "eval/episodic_return_std": float(np.std([game["episode"]["r"] for game in games])),
+        "eval/episodic_return": float(np.mean(scores)),
+        "eval/episodic_return_std": float(np.std(scores)),
         "eval/episodic_length": float(np.mean([game["episode"]["l"] for game in games])),
         "eval/committed": 100 * (1 - replans / steps),  # percent of the steps
     }
@@ -1021,58 +962,49 @@ def evaluate(
     return metrics
 
 
-class ReplanMap(NamedTuple):
-    """Where in one maze an agent replans."""
+def count_replans(net: nn.Module, args: Args, watch: Callable = lambda: None) -> np.ndarray:
+    """Games in one maze, which is new to the agent, from anywhere to anywhere.
 
-    walls: np.ndarray  # [S, S]
-    visits: np.ndarray  # [S, S] steps
-    replans: np.ndarray  # [S, S] those of them with an open gate
-
-
-def count_replans(net: nn.Module, args: Args, watch: Callable = lambda: None) -> ReplanMap:
-    """Games in one maze, which is new to the agent, from anywhere to anywhere."""
+    Of each cell [S, S]: is it a wall, how many steps began there, how many of them replanned?
+    """
     walls = carve(args.maze_size, np.random.default_rng(args.seed))
-    visits, replans = np.zeros(walls.shape), np.zeros(walls.shape)
-    env = partial(Maze, args.maze_size, args.maze_reward, walls)
-    for moment in whole_games(net, [env() for _ in range(args.eval_episodes)], args.seed, watch):
-        for k in moment.playing:
-            cell = divmod(int(moment.s[k, ..., 0].argmax()), args.maze_size)  # the red one
+    visits, replans = np.zeros_like(walls, int), np.zeros_like(walls, int)
+    envs = [Maze(args.maze_size, args.maze_reward, walls) for _ in range(args.eval_episodes)]
+    for playing, seen, *_ in whole_games(net, envs, args.seed, watch):
+        for k in playing:
+            cell = divmod(int(seen.s[k, ..., 0].argmax()), args.maze_size)  # the red one
             visits[cell] += 1
-            replans[cell] += moment.g[k].item()
-    return ReplanMap(walls, visits, replans)
+            replans[cell] += seen.g[k].item()
+    return np.stack([walls, visits, replans])
 
 
-def is_turn(walls: np.ndarray, cell: tuple[int, int]) -> bool:
-    """A corner or a junction: there are ways from here that do not lie on one line."""
-    around = neighbours(walls, cell)
-    return len({i for i, _ in around}) > 1 and len({j for _, j in around}) > 1
-
-
-def replan_rates(counted: ReplanMap) -> dict[str, float]:
-    """Percent of the steps with an open gate, at corners and junctions and in straight corridors.
+def replan_rates(counted: np.ndarray) -> dict[str, float]:
+    """Percent of the steps that replan, at corners and junctions and in straight corridors.
 
     Dead ends, which have one way out, belong to neither.
     """
-    totals = {True: np.zeros(2), False: np.zeros(2)}
-    for cell in map(tuple, np.argwhere(~counted.walls).tolist()):
-        if len(neighbours(counted.walls, cell)) > 1:
-            totals[is_turn(counted.walls, cell)] += counted.replans[cell], counted.visits[cell]
-    names = {True: "eval/replans_at_turns", False: "eval/replans_in_corridors"}
-    return {names[turn]: float(100 * n / max(of, 1)) for turn, (n, of) in totals.items()}
+    walls, visits, replans = counted
+    totals = {"at_turns": np.zeros(2), "in_corridors": np.zeros(2)}
+    for cell in map(tuple, np.argwhere(walls == 0).tolist()):
+        around = neighbours(walls, cell)
+        rows, columns = ({there[axis] for there in around} for axis in (0, 1))
+        if len(around) > 1:
+            place = "at_turns" if len(rows) > 1 and len(columns) > 1 else "in_corridors"
+            totals[place] += replans[cell], visits[cell]
+    return {f"eval/replans_{p}": float(100 * n / max(of, 1)) for p, (n, of) in totals.items()}
 
 
-def draw_replans(counted: ReplanMap, path: Path) -> None:
+def draw_replans(counted: np.ndarray, path: Path) -> None:
     """Figure 3a: the share of visits to a cell at which the plan was changed."""
-    from matplotlib import pyplot as plt  # here: workers import this file, too
+    from matplotlib.figure import Figure  # here: workers import this file, too
 
-    share = np.where(counted.visits > 0, counted.replans / np.maximum(counted.visits, 1), np.nan)
-    figure, axis = plt.subplots(figsize=(5, 4.2))
-    axis.imshow(np.where(counted.walls, 0.0, np.nan), cmap="Blues_r", vmin=0, vmax=1.5)
-    shown = axis.imshow(share, cmap="hot", vmin=0)
-    figure.colorbar(shown, label="replans per visit")
+    walls, visits, replans = counted
+    axis = Figure(layout="constrained").subplots()
+    axis.imshow(np.where(walls, 0.0, np.nan), cmap="Blues_r", vmin=0, vmax=1.5)
+    share = np.where(visits, replans / np.maximum(visits, 1), np.nan)
+    axis.figure.colorbar(axis.imshow(share, cmap="hot", vmin=0), label="replans per visit")
     axis.set(xlabel="column (cells)", ylabel="row (cells)", title="where the plan is changed")
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(figure)
+    axis.figure.savefig(path)
 
 
 FILMED_STEPS, FILMED_COLUMNS = 150, 30  # of a film and of the plans in it
@@ -1080,111 +1012,76 @@ FILMED_STEPS, FILMED_COLUMNS = 150, 30  # of a film and of the plans in it
 
 def film_plan(net: nn.Module, args: Args, step: int, path: Path) -> None:
     """Games as a GIF: the screen, beside it the policy that A plans for the next steps, and c."""
-    from matplotlib import pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    env = make_env(args, training=False)
+    env, frames = make_env(args, training=False), []
+    set_curriculum([env], args, step)
     names = range(env.action_space.n)
     if hasattr(env.unwrapped, "get_action_meanings"):
         names = env.unwrapped.get_action_meanings()
-    if args.task == "maze":
-        env.unwrapped.walk = walk_length(step, args.curriculum_period)
-    layout = {"figsize": (8, 3.6), "height_ratios": (5, 1), "layout": "constrained"}
-    figure, axes = plt.subplot_mosaic([["screen", "A"], ["screen", "c"]], **layout)
-    columns, frames, seed = min(FILMED_COLUMNS, args.plan_length), [], args.seed
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplot_mosaic([["screen", "A"], ["screen", "c"]], height_ratios=(5, 1))
     axes["screen"].set(xticks=[], yticks=[])
     axes["A"].set(yticks=range(len(names)), yticklabels=names, ylabel="chance of the action, by A")
     axes["c"].set(yticks=[], ylabel="c", xlabel="steps from now")
     scale = {"vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
+    columns = min(FILMED_COLUMNS, args.plan_length)
     screen = axes["screen"].imshow(np.zeros(env.observation_space.shape, np.uint8)[..., -3:])
     planned = axes["A"].imshow(np.zeros((len(names), columns)), cmap="viridis", **scale)
     chances = axes["c"].imshow(np.zeros((1, columns)), cmap="hot", **scale)
-    while len(frames) < FILMED_STEPS:
-        for moment in whole_games(net, [env], seed):
-            plan = Plan(*moment.out.state)
-            screen.set_data(moment.s[0, ..., -3:].numpy())
-            planned.set_data(plan.A[0, :-1, :columns].softmax(0).numpy())
-            chances.set_data(plan.c[:, :columns].numpy())
-            replans = "replans" if moment.g[0] else "is committed"
-            title = f"step {len(frames)}: {replans}, V = {moment.out.y[0, 0, -1]:.2f}"
-            axes["screen"].set_title(title)
-            figure.canvas.draw()
-            picture = np.asarray(figure.canvas.buffer_rgba())[..., :3]
-            frames.append(Image.fromarray(picture.copy()))
-            if len(frames) == FILMED_STEPS:
-                break
-        seed += 1
+    games = chain.from_iterable(whole_games(net, [env], args.seed + i) for i in count())
+    for i, (_, seen, out, _) in enumerate(islice(games, FILMED_STEPS)):
+        A, c = out.state
+        screen.set_data(seen.s[0, ..., -3:].numpy())
+        planned.set_data(A[0, :-1, :columns].softmax(0).numpy())
+        chances.set_data(c[:, :columns].numpy())
+        does = "replans" if seen.g[0] else "is committed"
+        axes["screen"].set_title(f"step {i}: {does}, V = {out.y[0, 0, -1]:.2f}")
+        canvas.draw()
+        frames.append(Image.fromarray(np.array(canvas.buffer_rgba())[..., :3]))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=250, loop=0)
-    plt.close(figure)
 
 
-def draw_commitments(histogram: Tensor, total_timesteps: int, path: Path) -> None:
+def draw_commitments(histogram: Tensor, path: Path) -> None:
     """How long macro-actions were over training, from histogram [PERIODS, LONGEST + 1]."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     lengths = histogram[:, 1:].double()
-    share = 100 * lengths / lengths.sum(1, keepdim=True).clamp(min=1)  # percent in each period
-    figure, axis = plt.subplots(figsize=(6, 3.6))
-    extent = (0, total_timesteps / 1e6, 0.5, LONGEST + 0.5)
-    shown = axis.imshow(share.T.numpy(), origin="lower", aspect="auto", extent=extent, cmap="magma")
-    figure.colorbar(shown, label="macro-actions (%)")
-    longest = f"length (steps; {LONGEST}: or more)"
-    axis.set(xlabel="steps of training (millions)", ylabel=longest, title="commitments")
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(figure)
+    percent = 100 * lengths / lengths.sum(1, keepdim=True).clamp(min=1)  # of each period
+    axis = Figure(layout="constrained").subplots()
+    scale = {"origin": "lower", "aspect": "auto", "extent": (0, 100, 0.5, LONGEST + 0.5)}
+    axis.figure.colorbar(axis.imshow(percent.T.numpy(), **scale), label="macro-actions (%)")
+    axis.set(xlabel="training (% of --total-timesteps)", title="commitments")
+    axis.set(ylabel=f"length (steps; {LONGEST}: or more)")
+    axis.figure.savefig(path)
 
 
-def draw_macro_actions(tables: dict[int, list[MacroAction]], path: Path) -> None:
+def draw_macro_actions(tables: dict[int, list[tuple]], path: Path) -> None:
     """Figure 3c: rank by use against the rank of the same n-gram in the text, by length."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(1, len(tables), figsize=(6 * len(tables), 4.2))
-    for axis, (length, rows) in zip(axes, tables.items(), strict=True):
-        for row in rows:
-            axis.plot(row.rank, row.true_rank, "o", color="tab:blue")
-            label = row.string.replace(" ", "_").encode("unicode_escape").decode()
-            offset = {"textcoords": "offset points", "xytext": (3, 4), "family": "monospace"}
-            at = (row.rank, row.true_rank)
-            axis.annotate(label, at, fontsize=8, parse_math=False, **offset)
+    figure = Figure(figsize=(6 * len(tables), 4.2), layout="constrained")
+    for axis, (length, rows) in zip(figure.subplots(1, len(tables)), tables.items(), strict=True):
+        for rank, string, _, true_rank, _ in rows:
+            axis.plot(rank, true_rank, "o", color="tab:blue")
+            label = string.replace(" ", "_").encode("unicode_escape").decode()
+            axis.text(rank, true_rank, f" {label}", family="monospace", parse_math=False)
         axis.set(xlabel="rank by use", ylabel="rank in the text", yscale="log")
         axis.set(title=f"macro-actions of length {length} (_ is a space)")
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(figure)
-
-
-def evaluate_and_draw(
-    net: nn.Module,
-    args: Args,
-    step: int,
-    histogram: Tensor,
-    folder: Path,
-    watch: Callable = lambda: None,
-) -> dict[str, float]:
-    """Scores, and of an agent that plans the pictures of its plans."""
-    metrics = evaluate(net, args, step, watch)
-    if isinstance(net, StrawPolicy):
-        draw_commitments(histogram, args.total_timesteps, folder / "commitments.png")
-        film_plan(net, args, step, folder / "plan.gif")
-        if args.task == "maze":
-            counted = count_replans(net, args, watch)
-            metrics |= replan_rates(counted)
-            draw_replans(counted, folder / "replans.png")
-    return metrics
+    figure.savefig(path)
 
 
 def update(
-    net: nn.Module,
-    optimizer: SharedRMSProp,
-    trajectory: Rollout,
-    learning_rate: float,
-    args: Args,
+    net: nn.Module, optimizer: SharedRMSProp, trajectory: Rollout, learning_rate: float, args: Args
 ) -> dict[str, float]:
     """Move the shared parameters by the gradient that net, a copy of them, has on a trajectory.
 
     A gradient that is not finite moves nothing; the norm returned tells.
     """
     loss, watched = straw_loss(net, trajectory, args)
-    gradients = gradients_of(loss, net)
-    norm = clip_by_norm(gradients, args.max_gradient_norm)
+    gradients, norm = gradients_of(loss, net, args.max_gradient_norm)
     if math.isfinite(norm):
         optimizer.step(gradients, learning_rate)
     return watched | {"losses/gradient_norm": norm, "charts/learning_rate": learning_rate}
@@ -1218,9 +1115,7 @@ def worker(
     age = torch.zeros(len(envs), dtype=torch.long)
     played = rollouts(envs, seeds, net, args.t_max)
     while T.value < args.total_timesteps and main_process.is_alive():
-        if args.task == "maze":
-            for env in envs:
-                env.unwrapped.walk = walk_length(T.value, args.curriculum_period)
+        set_curriculum(envs, args, T.value)
         copy_parameters(shared, net)
         trajectory, games = next(played)
         with T.get_lock():
@@ -1235,7 +1130,7 @@ def worker(
             if "optimal" in info:
                 log.put(("charts/optimal_return", float(info["optimal"]), step))
         updates += 1
-        if updates % 100 == 0 or not math.isfinite(watched["losses/gradient_norm"]):
+        if updates % 100 == 1 or not math.isfinite(watched["losses/gradient_norm"]):
             for tag, value in watched.items():
                 log.put((tag, value, step))
 
@@ -1382,61 +1277,56 @@ def supervise(
 SHAPING = ("task", "model", "replan", "plan_length", "plan_filters", "noise_size")
 
 
+def begin(args: Args, net: nn.Module, histogram: Tensor, *shaping: str) -> tuple:
+    """What a run goes on from: its checkpoint, put into net and histogram, its folder and log."""
+    from torch.utils.tensorboard import SummaryWriter  # not above: workers import this file, too
+
+    start, path = {"T": 0, "seconds": 0.0}, Path(args.resume or args.evaluate)
+    if args.resume or args.evaluate:
+        start = load_checkpoint(path, args, net, *SHAPING, *shaping)
+        histogram.copy_(start["histogram"])
+    if args.evaluate:
+        return start, path.parent, None
+    if start["T"] >= args.total_timesteps:
+        raise SystemExit(f"{path} is at step {start['T']}: raise --total-timesteps.")
+    what = args.env_id if args.task == "atari" else args.task
+    run_dir = open_run_dir(args, f"{what}_{args.model}", "straw")
+    writer = SummaryWriter(run_dir)
+    writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
+    return start, run_dir, writer
+
+
 def run_games(args: Args) -> dict[str, float]:
     """A3C on mazes or Atari."""
     net = make_policy(args).share_memory()
     optimizer = SharedRMSProp(list(net.parameters()), args.rmsprop_decay, args.rmsprop_eps)
     histogram = torch.zeros(PERIODS, LONGEST + 1, dtype=torch.long).share_memory_()
-    shared = {"net": net.state_dict(), "g": optimizer.g, "histogram": histogram}  # views
-
-    def evaluate_now(step: int, watch: Callable) -> dict[str, float]:
-        return evaluate_and_draw(copy.deepcopy(net), args, step, histogram, run_dir, watch)
-
-    first_step, seconds = 0, 0.0
     maze = ("maze_size", "maze_reward", "curriculum_period")
-    shaping = (*SHAPING, *(("env_id",) if args.task == "atari" else maze))
-    if args.evaluate or args.resume:
-        path = Path(args.evaluate or args.resume)
-        checkpoint = load_checkpoint(path, args, net, *shaping)
-        histogram.copy_(checkpoint["histogram"])
-        first_step, seconds = checkpoint["T"], checkpoint["seconds"]
-    if args.evaluate:
-        return evaluate_and_draw(net, args, first_step, histogram, path.parent)
-    if args.resume:
-        for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
-            g.copy_(saved_g)
-        if first_step >= args.total_timesteps:
-            raise SystemExit(f"{args.resume} is at step {first_step}: raise --total-timesteps.")
+    shaping = ("env_id",) if args.task == "atari" else maze
+    start, run_dir, writer = begin(args, net, histogram, *shaping)
 
-    run_dir, writer = open_log(args)
+    def evaluate_now(step: int, watch: Callable = lambda: None) -> dict[str, float]:
+        agent = copy.deepcopy(net)  # the workers go on
+        metrics = evaluate(agent, args, step, watch)
+        if isinstance(agent, StrawPolicy):
+            draw_commitments(histogram, run_dir / "commitments.png")
+            film_plan(agent, args, step, run_dir / "plan.gif")
+            if args.task == "maze":
+                counted = count_replans(agent, args, watch)
+                draw_replans(counted, run_dir / "replans.png")
+                metrics |= replan_rates(counted)
+        return metrics
+
+    if args.evaluate:
+        return evaluate_now(start["T"])
+    for g, saved_g in zip(optimizer.g, start.get("g", optimizer.g), strict=True):
+        g.copy_(saved_g)
+    shared = {"net": net.state_dict(), "g": optimizer.g, "histogram": histogram}  # views
     save = partial(save_checkpoint, run_dir / "checkpoint.pt", args=asdict(args), **shared)
     spawn = mp.get_context("spawn")
-    T, log = spawn.Value("q", first_step), spawn.Queue()
-    arguments = args, first_step, net, optimizer, histogram, T, log
-    return supervise(worker, arguments, args, T, log, writer, seconds, save, evaluate_now)
-
-
-def open_log(args: Args) -> tuple[Path, object]:
-    """The folder of the run and tensorboard's writer in it."""
-    from torch.utils.tensorboard import SummaryWriter  # not above: workers import this file, too
-
-    what = args.env_id if args.task == "atari" else args.task
-    run_dir = open_run_dir(args, f"{what}_{args.model}", "straw")
-    writer = SummaryWriter(run_dir)
-    writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
-    return run_dir, writer
-
-
-class Diverged(SystemExit):
-    """The loss is no longer a number."""
-
-
-def refuse_infinity(loss: float, where: str) -> None:
-    if not math.isfinite(loss):
-        raise Diverged(
-            f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate may help."
-        )
+    T, log = spawn.Value("q", start["T"]), spawn.Queue()
+    arguments = args, start["T"], net, optimizer, histogram, T, log
+    return supervise(worker, arguments, args, T, log, writer, start["seconds"], save, evaluate_now)
 
 
 def stopped(run_dir: str | Path) -> SystemExit:
@@ -1449,54 +1339,42 @@ def stopped(run_dir: str | Path) -> SystemExit:
 
 @torch.no_grad()
 def evaluate_text(
-    net: TextModel, args: Args, text: Text
-) -> tuple[dict[str, float], dict[int, list[MacroAction]]]:
+    net: TextModel, args: Args, text: tuple[str, Tensor, Tensor], histogram: Tensor, folder: Path
+) -> dict[str, float]:
     """Bits per character of the test text, and the macro-actions with which it was written.
 
     The global random state is left as it was.
     """
-    columns = side_by_side(text.test, args.batch_size)
-    state, bits, written, gates = net.initial_state(args.batch_size), 0.0, [], []
+    alphabet, train, test = text
+    columns, state = side_by_side(test, args.batch_size), net.initial_state(args.batch_size)
+    pieces = list(zip(columns[:-1].split(args.t_max), columns[1:].split(args.t_max), strict=True))
+    nll, written, gates = 0.0, [], []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        pieces = zip(columns[:-1].split(args.t_max), columns[1:].split(args.t_max), strict=True)
-        total = math.ceil((len(columns) - 1) / args.t_max)
-        for x, y in tqdm(pieces, total=total, unit="piece", leave=False, disable=None):
+        for x, y in tqdm(pieces, unit="piece", leave=False, disable=None):
             out = net(x, state)
             state = out.state
-            nll = F.cross_entropy(out.y.flatten(0, 1), y.flatten(), reduction="sum")
-            bits += nll.item() / math.log(2)
+            nll += F.cross_entropy(out.y.flatten(0, 1), y.flatten(), reduction="sum").item()
             written.append(out.y.argmax(-1))
             gates.append(out.g)
     g, written = torch.cat(gates), torch.cat(written)
     metrics = {
-        "eval/bits_per_character": bits / g.numel(),
+        "eval/bits_per_character": nll / math.log(2) / g.numel(),
         "eval/committed": 100 * (1 - g.float().mean().item()),
     }
+    if not net.straw:
+        return metrics
+    draw_commitments(histogram, folder / "commitments.png")
     tables = {}
-    for length in (3, 4) if net.straw else ():
+    for length in (3, 4):
         used = macro_actions(written, g, length)
-        tables[length] = rank_macro_actions(used, ngrams(text.train, length), text.alphabet)
+        tables[length] = rank_macro_actions(used, ngrams(train, length), alphabet)
         metrics |= macro_action_metrics(tables[length], length)
-    return metrics, tables
-
-
-def write_macro_actions(tables: dict[int, list[MacroAction]], path: Path) -> None:
-    """The tables of figure 3c as a CSV file."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    draw_macro_actions(tables, folder / "macro_actions.png")
+    with open(folder / "macro_actions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("length", *MacroAction._fields))
+        writer.writerow(("length", "rank", "string", "uses", "true_rank", "occurrences"))
         writer.writerows((length, *row) for length, rows in tables.items() for row in rows)
-
-
-def evaluate_and_draw_text(
-    net: TextModel, args: Args, text: Text, histogram: Tensor, folder: Path
-) -> dict[str, float]:
-    metrics, tables = evaluate_text(net, args, text)
-    if tables:
-        draw_commitments(histogram, args.total_timesteps, folder / "commitments.png")
-        write_macro_actions(tables, folder / "macro_actions.csv")
-        draw_macro_actions(tables, folder / "macro_actions.png")
     return metrics
 
 
@@ -1506,8 +1384,7 @@ def update_text(
     """A step of plain gradient descent on a piece of text x [N, B], followed by y."""
     out = net(x, state)
     loss, watched = text_loss(out, y, args)
-    gradients = gradients_of(loss, net)
-    norm = clip_by_norm(gradients, args.max_gradient_norm)
+    gradients, norm = gradients_of(loss, net, args.max_gradient_norm)
     with torch.no_grad():
         for theta, gradient in zip(net.parameters(), gradients, strict=True):
             theta.sub_(learning_rate * gradient)
@@ -1519,44 +1396,37 @@ def run_text(args: Args) -> dict[str, float]:
 
     B places of the text are read side by side, each up to where the next began, then again.
     """
-    text, B, N = encode(read_text(args)), args.batch_size, args.t_max
-    columns = side_by_side(text.train, B)
-    if len(columns) <= N or len(text.test) < 5 * B:
-        length = len(text.train) + len(text.test)
-        raise SystemExit(f"{length} characters are too few for --batch-size {B} and --t-max {N}.")
+    text, B, N = read_text(args), args.batch_size, args.t_max
+    if len(text) < max(50 * B, 2 * N * B):
+        raise SystemExit(f"{len(text)} characters are too few for --batch-size {B}, --t-max {N}.")
+    text = encode(text)
+    columns = side_by_side(text[1], B)
     net, histogram = TextModel(args), torch.zeros(PERIODS, LONGEST + 1, dtype=torch.long)
-    state, age, step, seconds = net.initial_state(B), torch.zeros(B, dtype=torch.long), 0, 0.0
-    shaping = (*SHAPING, "lstm_size", "dataset", "text_file", "batch_size", "t_max")
-    if args.evaluate or args.resume:
-        path = Path(args.evaluate or args.resume)
-        checkpoint = load_checkpoint(path, args, net, *shaping)
-        histogram, step, seconds = (checkpoint[name] for name in ("histogram", "T", "seconds"))
+    shaping = "lstm_size", "dataset", "text_file", "batch_size", "t_max"
+    start, run_dir, writer = begin(args, net, histogram, *shaping)
     if args.evaluate:
-        return evaluate_and_draw_text(net, args, text, histogram, path.parent)
-    if args.resume:
-        state, age = checkpoint["state"], checkpoint["age"]
-        torch.set_rng_state(checkpoint["rng"])
-        if step >= args.total_timesteps:
-            raise SystemExit(f"{args.resume} is at step {step}: raise --total-timesteps.")
+        return evaluate_text(net, args, text, histogram, run_dir)
+    torch.set_rng_state(start.get("rng", torch.get_rng_state()))
+    state = start.get("state", net.initial_state(B))
+    age = start.get("age", torch.zeros(B, dtype=torch.long))
+    step, seconds = start["T"], start["seconds"]
 
-    run_dir, writer = open_log(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    last_step, last_time, recent = step, time.perf_counter(), defaultdict(list)
+    last_step, last_time, log, recent = step, time.perf_counter(), SimpleQueue(), defaultdict(list)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="character", disable=None)
     try:
         while step < args.total_timesteps:
             place = step // B % ((len(columns) - 1) // N * N)
-            if place == 0:
-                state = net.initial_state(B)
+            state = state if place else net.initial_state(B)
             x, y = columns[place : place + N], columns[place + 1 : place + 1 + N]
             learning_rate = args.learning_rate * (1 - step / args.total_timesteps)
             out, watched = update_text(net, x, y, state, learning_rate, args)
             step += N * B
-            refuse_infinity(watched["losses/gradient_norm"], f"at step {step}")
+            for tag, value in watched.items():
+                log.put((tag, value, step))
+            drain(log, recent)
             state = tuple(part.detach() for part in out.state)
             age = count_commitments(histogram, step / args.total_timesteps, out.g, age)
-            for tag, value in watched.items():
-                recent[tag].append(value)
             bar.update(N * B)
             finished = step >= args.total_timesteps
             if not finished and step < last_step + args.report_every:
@@ -1570,9 +1440,9 @@ def run_text(args: Args) -> dict[str, float]:
             progress = {"T": step, "seconds": seconds, "state": state, "age": age}
             progress |= {"rng": torch.get_rng_state(), "histogram": histogram, "args": asdict(args)}
             save_checkpoint(run_dir / "checkpoint.pt", net=net.state_dict(), **progress)
-            due = args.eval_every and step // args.eval_every > last_step // args.eval_every
-            if finished or due:
-                metrics |= evaluate_and_draw_text(net, args, text, histogram, run_dir)
+            every = args.eval_every or math.inf
+            if finished or step // every > last_step // every:
+                metrics |= evaluate_text(net, args, text, histogram, run_dir)
             report(writer, step, metrics)
             recent, last_step, last_time = defaultdict(list), step, time.perf_counter()
     except KeyboardInterrupt:
@@ -1603,12 +1473,9 @@ def check_flags(args: Args) -> None:
 
 def with_defaults(args: Args) -> Args:
     """The task's own rate and norm, where flags do not give them."""
-    learning_rate, max_norm = (1.0, 0.5) if args.task == "text" else (5e-4, 40.0)
-    return replace(
-        args,
-        learning_rate=args.learning_rate or learning_rate,
-        max_gradient_norm=args.max_gradient_norm or max_norm,
-    )
+    rate, norm = (1.0, 0.5) if args.task == "text" else (5e-4, 40.0)
+    given = args.learning_rate or rate, args.max_gradient_norm or norm
+    return replace(args, learning_rate=given[0], max_gradient_norm=given[1])
 
 
 def main(args: Args) -> dict[str, float]:
@@ -1621,6 +1488,8 @@ def main(args: Args) -> dict[str, float]:
         return run_text(args) if args.task == "text" else run_games(args)
     except KeyboardInterrupt:  # in an evaluation
         raise SystemExit("Stopped.") from None
+    except OSError as error:
+        raise SystemExit(f"Nothing can be written there ({error}): use another folder.") from None
 
 
 if __name__ == "__main__":

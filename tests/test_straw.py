@@ -76,8 +76,26 @@ def cell(model: str = "straw") -> StrategicAttentiveWriter:
     return planner
 
 
+def noise_of(channel: straw.NoisyChannel, zeta):
+    """mu [..., d] and sigma [..., 1], the last output being its logarithm."""
+    linear = channel.mu_and_log_sigma
+    out = zeta @ linear.weight.T + linear.bias
+    return out[..., :-1], out[..., -1:].exp()
+
+
 def random_plan(B: int, R: int, T: int) -> Plan:
     return Plan(torch.randn(B, R, T).double(), torch.rand(B, T).double())
+
+
+def one_step(planner, zeta, plan: Plan, g, eps=None) -> straw.Output:
+    """zeta [B, D] and gates g [B] of one step in the middle of episodes."""
+    g = torch.as_tensor(g)
+    eps = torch.zeros(len(g), planner.noise_size).double() if eps is None else eps
+    return planner(zeta[None], eps[None], torch.zeros_like(g)[None], plan, g[None])
+
+
+def filters_of(psi, K: int, T: int):
+    return straw.attention_filters(*straw.attention_grid(psi, K, T), torch.arange(T).double())
 
 
 # ---- Equations ----------------------------------------------------------------------------------
@@ -91,14 +109,14 @@ def test_math_time_shift_forgets_now_and_appends_zero():
         assert torch.equal(shifted[..., k], expected)
 
 
-@pytest.mark.parametrize(("K", "first"), [(1, 1), (4, 0), (5, 0)])
-def test_math_filters_are_normalised_gaussians_on_a_grid(K, first):
+@pytest.mark.parametrize("K", [1, 4, 5])
+def test_math_filters_are_normalised_gaussians_on_a_grid(K):
     torch.manual_seed(0)
     psi, T = torch.randn(3, 3, dtype=torch.float64) / 2, 30
-    filters = straw.attention_filters(psi, K, T, first)
+    filters = filters_of(psi, K, T)
     torch.testing.assert_close(filters.sum(-1), torch.ones(3, K).double())
     for m in range(3):
-        position = first + (T - 1 - first) / (1 + math.exp(-psi[m, 0]))
+        position = (T - 1) / (1 + math.exp(-psi[m, 0]))
         for k in range(K):
             mu = position + (k - (K - 1) / 2) * math.exp(psi[m, 1])
             density = torch.exp(
@@ -109,10 +127,27 @@ def test_math_filters_are_normalised_gaussians_on_a_grid(K, first):
 
 def test_math_filters_stay_on_the_plan_however_wild_psi_is():
     psi = torch.tensor([[-90.0, 3.0, -3.0], [90.0, 3.0, -3.0], [0.0, 5.0, -5.0]])
-    filters = straw.attention_filters(psi, 10, 50)
-    torch.testing.assert_close(filters.sum(-1), torch.ones(3, 10))
-    where = straw.attention_filters(torch.tensor([[-90.0, 0, -2], [90.0, 0, -2]]), 1, 50, 1)
-    assert where.argmax(-1).flatten().tolist() == [1, 49]
+    filters = filters_of(psi, 10, 50)
+    torch.testing.assert_close(filters.sum(-1), torch.ones(3, 10).double())
+    where = filters_of(torch.tensor([[-90.0, 0, -2], [90.0, 0, -2]]), 1, 50)
+    assert where.argmax(-1).flatten().tolist() == [0, 49]
+    wild = torch.tensor([[-90.0], [0.0], [90.0]])
+    assert straw.attended_column(wild, 1, 49).flatten().tolist() == [1, 25, 49]
+
+
+@pytest.mark.parametrize("planned", [0, 17])
+@pytest.mark.parametrize("sigma", [0.01, 0.7, 1.9])
+def test_math_beyond_the_reach_nothing_is_planned_or_seen(planned, sigma):
+    psi = torch.tensor([[-3.0, 0.3, math.log(sigma)], [-4.0, 0.1, -1.0]])
+    A, (mu, width) = torch.zeros(2, 4, 200), straw.attention_grid(psi, 3, 200)
+    A[1, 2, planned] = 1.0
+    columns = straw.reach(A, mu, width)
+    assert planned < columns < planned + mu.max() + 15 * sigma + 5
+    whole = straw.attention_filters(mu, width, torch.arange(200))
+    assert (whole[..., columns:] == 0).all()
+    part = straw.attention_filters(mu, width, torch.arange(columns))
+    torch.testing.assert_close(part, whole[..., :columns], rtol=1e-5, atol=0)
+    assert straw.reach(A, mu, 99 * width + 9) == 200 and straw.reach(A, mu * math.nan, width) <= 200
 
 
 def test_math_read_and_write_are_loops_and_adjoint():
@@ -132,14 +167,14 @@ def test_math_read_and_write_are_loops_and_adjoint():
 
 def test_math_what_narrow_filters_write_they_read():
     psi = torch.tensor([[0.0, math.log(6), math.log(0.05)]], dtype=torch.float64)
-    patch, filters = torch.randn(1, 4, 3).double(), straw.attention_filters(psi, 3, 41)
+    patch, filters = torch.randn(1, 4, 3).double(), filters_of(psi, 3, 41)
     torch.testing.assert_close(straw.read(straw.write(patch, filters), filters), patch)
 
 
 def test_math_commitment_is_a_sigmoid_of_one_gaussian_of_intensity_40():
     torch.manual_seed(0)
     psi, b, T = torch.randn(3, 3).double() / 2, torch.tensor(-1.3).double(), 25
-    c = straw.commitment_plan(psi, b, T)
+    c = straw.commitment_plan(psi, b, torch.arange(T))
     for m in range(3):
         mu = 1 + (T - 2) / (1 + math.exp(-psi[m, 0]))
         density = torch.exp(-((torch.arange(T).double() - mu) ** 2) / (2 * psi[m, 2].exp() ** 2))
@@ -151,7 +186,7 @@ def test_math_commitment_is_a_sigmoid_of_one_gaussian_of_intensity_40():
 def test_math_never_replanning_is_impossible():
     """However low the bias and however wide the Gaussian: within T steps the gate opens."""
     for psi in ([0.0, 0.0, 9.0], [-99.0, 0.0, 0.0], [99.0, 0.0, 2.0]):
-        c = straw.commitment_plan(torch.tensor([psi]), torch.tensor(-1e4), 12)
+        c = straw.commitment_plan(torch.tensor([psi]), torch.tensor(-1e4), torch.arange(12))
         chances = []
         for _ in range(11):  # until the entry written last is there
             chances.append(c[0, 1].item())
@@ -172,7 +207,7 @@ def test_math_noisy_channel_samples_its_gaussian():
     channel = straw.NoisyChannel(6, 5)
     zeta = torch.randn(1, 6).expand(100_000, -1)
     z, kl = channel(zeta, torch.randn(100_000, 5))
-    mu, sigma = channel.mu(zeta[0]), channel.log_sigma(zeta[0]).exp()
+    mu, sigma = noise_of(channel, zeta[0])
     torch.testing.assert_close(z.mean(0), mu, atol=0.02, rtol=0)
     torch.testing.assert_close(z.std(0), sigma.expand(5), atol=0.02, rtol=0)
     expected = kl_divergence(Normal(mu, sigma.expand(5)), Normal(0.0, 1.0)).sum()
@@ -183,15 +218,15 @@ def plan_by_hand(planner, zeta, eps, A, c, open_gate: float):
     """Algorithm 1 for one plan A [R, T], c [T], in its own words; open_gate may be any number."""
     z = zeta
     if planner.channel:
-        z = planner.channel.mu(zeta) + planner.channel.log_sigma(zeta).exp() * eps
+        mu, sigma = noise_of(planner.channel, zeta)
+        z = mu + sigma * eps
     psi = planner.f_psi(z)
     t = torch.arange(planner.T)
     position = torch.sigmoid(psi[0]) * (planner.T - 1)
     rows = []
     for k in range(planner.K):
         mu = position + (k - (planner.K - 1) / 2) * psi[1].exp()
-        density = Normal(mu, psi[2].exp()).log_prob(t).exp()
-        rows.append(density / density.sum())
+        rows.append(Normal(mu, psi[2].exp()).log_prob(t).softmax(0))  # densities, with sum 1
     filters = torch.stack(rows)
     beta = torch.einsum("rt,kt->rk", A, filters)
     xi = torch.cat([beta.flatten(), z])
@@ -201,8 +236,7 @@ def plan_by_hand(planner, zeta, eps, A, c, open_gate: float):
     moved = torch.cat([A[:, 1:], torch.zeros(planner.R, 1)], 1)
     psi_c = planner.f_c(torch.cat([psi, xi]).detach())
     mu = 1 + torch.sigmoid(psi_c[0]) * (planner.T - 2)
-    density = Normal(mu, psi_c[2].exp()).log_prob(t).exp()
-    new_c = torch.sigmoid(planner.b + 40 * density / density.sum())
+    new_c = torch.sigmoid(planner.b + 40 * Normal(mu, psi_c[2].exp()).log_prob(t).softmax(0))
     return moved + open_gate * (patch @ filters), torch.cat([new_c[:-1], torch.ones(1)])
 
 
@@ -210,24 +244,50 @@ def plan_by_hand(planner, zeta, eps, A, c, open_gate: float):
 def test_math_a_step_is_algorithm_1_and_a_closed_gate_only_shifts(model):
     planner = cell(model)
     plan, g = random_plan(5, 4, 20), torch.tensor([True, False, True, True, False])
-    zeta, eps = torch.randn(3, 6).double(), torch.randn(3, planner.noise_size).double()
-    attention, kl = planner.attend(zeta, eps)
-    after = planner(attention, plan, g)
-    for b, m in ((0, 0), (2, 1), (3, 2)):
-        A, c = plan_by_hand(planner, zeta[m], eps[m], plan.A[b], plan.c[b], 1.0)
+    zeta, eps = torch.randn(5, 6).double(), torch.randn(5, planner.noise_size).double()
+    out = one_step(planner, zeta, plan, g, eps)
+    after = out.state
+    for b in (0, 2, 3):
+        A, c = plan_by_hand(planner, zeta[b], eps[b], plan.A[b], plan.c[b], 1.0)
         torch.testing.assert_close(after.A[b], A)
         torch.testing.assert_close(after.c[b], c)
     for b in (1, 4):
         assert torch.equal(after.A[b], straw.time_shift(plan.A[b]))
         assert torch.equal(after.c[b], straw.time_shift(plan.c[b]))
-    assert (kl > 0) == (model == "strawe")
+    assert (out.kl > 0) == (model == "strawe")
+    if model == "strawe":
+        _, kl = planner.channel(zeta, eps)
+        torch.testing.assert_close(out.kl, kl[g].sum())
+    torch.testing.assert_close(out.y[0], after.A[..., 0])
+    torch.testing.assert_close(out.c_0, after.c[:, 0].sum())
+
+
+def test_math_a_long_plan_in_use_only_at_its_beginning_is_the_same_plan():
+    """Three steps from an empty plan with narrow filters: what is cut off takes no part."""
+    torch.manual_seed(0)
+    planner = StrategicAttentiveWriter(6, 4, Args(model="straw", plan_length=300)).double()
+    zeta, nothing = torch.randn(3, 1, 6).double(), torch.zeros(3, 1, 0)
+    never, always = torch.zeros(3, 1).bool(), torch.ones(3, 1).bool()
+    out = planner(zeta, nothing, never, planner.initial_plan(1), always)
+    A, c = torch.zeros(4, 300).double(), torch.ones(300).double()
+    for zeta_t, y_t in zip(zeta, out.y):
+        A, c = plan_by_hand(planner, zeta_t[0], None, A, c, 1.0)
+        torch.testing.assert_close(y_t[0], A[:, 0])
+    torch.testing.assert_close(out.state.A[0], A)
+    torch.testing.assert_close(out.state.c[0], c)
+    theta = [*planner.f_psi.parameters(), *planner.h.parameters(), *planner.f_A.parameters()]
+    weights = torch.randn(4, 300).double()
+    for ours, theirs in zip(
+        torch.autograd.grad((out.state.A[0] * weights).sum(), theta),
+        torch.autograd.grad((A * weights).sum(), theta),
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_gradient_with_closed_gates_there_is_none():
     planner = cell()
-    attention, _ = planner.attend(torch.zeros(0, 6).double(), torch.zeros(0, 0).double())
-    plan = planner(attention, random_plan(2, 4, 20), torch.zeros(2, dtype=torch.bool))
-    loss = plan.A.sum() + plan.c.sum()
+    out = one_step(planner, torch.zeros(2, 6).double(), random_plan(2, 4, 20), [False, False])
+    loss = out.state.A.sum() + out.state.c.sum() + out.y.sum() + out.kl + out.c_0
     theta = list(planner.parameters())
     gradients = torch.autograd.grad(loss, theta, allow_unused=True) if loss.requires_grad else ()
     assert all(gradient is None or (gradient == 0).all() for gradient in gradients)
@@ -236,11 +296,10 @@ def test_gradient_with_closed_gates_there_is_none():
 def test_gradient_reaches_the_commitment_as_that_of_the_gate():
     """Two steps: d loss / d c_1 at the second replanning is d loss / d g (straight-through)."""
     planner = cell()
-    plan, g = random_plan(1, 4, 20), torch.tensor([True])
+    plan = random_plan(1, 4, 20)
     c = plan.c.clone().requires_grad_()
     zeta, weights = torch.randn(1, 6).double(), torch.randn(4, 20).double()
-    attention, _ = planner.attend(zeta, torch.zeros(1, 0))
-    loss = (planner(attention, Plan(plan.A, c), g).A[0] * weights).sum()
+    loss = (one_step(planner, zeta, Plan(plan.A, c), [True]).state.A[0] * weights).sum()
     (by_c,) = torch.autograd.grad(loss, c)
     gate = torch.ones((), dtype=torch.float64, requires_grad=True)
     A, _ = plan_by_hand(planner, zeta[0], None, plan.A[0], plan.c[0], gate)
@@ -251,8 +310,8 @@ def test_gradient_reaches_the_commitment_as_that_of_the_gate():
 
 def test_gradient_of_the_commitment_does_not_reach_the_planner():
     planner = cell()
-    attention, _ = planner.attend(torch.randn(2, 6).double(), torch.zeros(2, 0))
-    plan = planner(attention, random_plan(2, 4, 20), torch.tensor([True, True]))
+    zeta = torch.randn(2, 6).double()
+    plan = one_step(planner, zeta, random_plan(2, 4, 20), [True, True]).state
     theta = dict(planner.named_parameters())
     gradients = torch.autograd.grad(plan.c[:, :3].sum(), theta.values(), allow_unused=True)
     reached = {name for name, gradient in zip(theta, gradients) if gradient is not None}
@@ -261,12 +320,22 @@ def test_gradient_of_the_commitment_does_not_reach_the_planner():
 
 def test_gradient_of_later_edits_teaches_the_earlier_commitment():
     planner = cell()
-    plan, g = random_plan(1, 4, 20), torch.tensor([True])
+    plan = random_plan(1, 4, 20)
     for _ in range(2):
-        attention, _ = planner.attend(torch.randn(1, 6).double(), torch.zeros(1, 0))
-        plan = planner(attention, plan, g)
+        plan = one_step(planner, torch.randn(1, 6).double(), plan, [True]).state
     (gradient,) = torch.autograd.grad(plan.A[..., 0].square().sum(), planner.b)
     assert gradient != 0
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_gradient_does_not_cross_the_beginning_of_an_episode(begins):
+    planner, (A, c) = cell(), random_plan(1, 4, 20)
+    A, c = A.requires_grad_(), c.requires_grad_()
+    fresh, g = torch.tensor([[False], [begins]]), torch.ones(2, 1).bool()
+    out = planner(torch.randn(2, 1, 6).double(), torch.zeros(2, 1, 0), fresh, Plan(A, c), g)
+    before = torch.autograd.grad(out.y[1].square().sum(), (A, c, planner.b), allow_unused=True)
+    reached = [gradient is not None and bool((gradient != 0).any()) for gradient in before]
+    assert reached == [not begins] * 3
 
 
 def test_math_gates_are_bernoulli_of_entry_1():
@@ -280,13 +349,12 @@ def test_math_gates_are_bernoulli_of_entry_1():
 def test_math_ablations_commit_as_long_as_they_say(replan, lengths):
     torch.manual_seed(0)
     planner = StrategicAttentiveWriter(6, 4, Args(model="straw", replan=replan, **SMALL))
-    plan, age, seen = planner.initial_plan(500), torch.zeros(500).long(), Counter()
-    for _ in range(40):
-        g = straw.draw_gates(plan.c[:, 1])
+    age, seen = torch.zeros(500).long(), Counter()
+    nothing, never = torch.zeros(40, 500, 0), torch.zeros(40, 500).bool()
+    out = planner(torch.zeros(40, 500, 6), nothing, never, planner.initial_plan(500))
+    for g in out.g:  # drawn from the plans themselves
         seen.update(age[g].tolist())
         age = torch.where(g, 1, age + 1)
-        attention, _ = planner.attend(torch.zeros(int(g.sum()), 6), torch.zeros(int(g.sum()), 0))
-        plan = planner(attention, plan, g)
     del seen[0]
     assert seen.keys() == lengths
     for count in seen.values():  # 6,000 macro-actions, each length as likely
@@ -295,9 +363,9 @@ def test_math_ablations_commit_as_long_as_they_say(replan, lengths):
 
 def test_math_at_first_the_patch_is_the_next_k_steps_and_a_plan_lasts_five_at_most():
     planner = StrategicAttentiveWriter(6, 4, Args(model="straw"))
-    attention, _ = planner.attend(torch.randn(3, 6), torch.zeros(3, 0))
-    assert attention.filters.argmax(-1).tolist() == [list(range(10))] * 3
-    c = planner.commit(attention.psi, torch.randn(3, 64))
+    psi = planner.f_psi(torch.randn(3, 6))
+    assert filters_of(psi, 10, 500).argmax(-1).tolist() == [list(range(10))] * 3
+    c = planner.commit(psi, torch.randn(3, 64))
     torch.testing.assert_close(c[:, 0], torch.full((3,), 0.5), atol=1e-3, rtol=0)
     assert (c[:, 5] > 0.999).all() and planner.T == 500 and straw.E == 40
 
@@ -414,7 +482,7 @@ def test_math_the_loss_is_a3cs_with_a_clipped_advantage_and_the_costs(model):
         if model == "strawe":
             for k in played.seen.g[n].nonzero().flatten():
                 zeta = net.features(played.seen.s[n, k][None])
-                mu, sigma = net.straw.channel.mu(zeta), net.straw.channel.log_sigma(zeta).exp()
+                mu, sigma = noise_of(net.straw.channel, zeta)
                 kl += kl_divergence(Normal(mu, sigma.expand_as(mu)), Normal(0.0, 1.0)).sum().item()
     assert loss.item() == pytest.approx(expected + 0.2 * kl + 0.4 * c_0, rel=1e-3)
     assert watched["losses/c_0"] == pytest.approx(c_0 / (3 * N), rel=1e-4)
@@ -558,8 +626,14 @@ def test_math_curriculum_goals_are_ends_of_walks(walk):
         found.add(int(straw.distances(env.walls, env.goal)[env.agent]))
     assert 0 not in found and max(found) <= walk and all(d % 2 == walk % 2 for d in found)
     assert walk in found
-    assert [straw.walk_length(t, 100) for t in (0, 99, 100, 250)] == [2, 2, 3, 4]
-    assert straw.walk_length(10**9, 0) == 0
+    walks, args = [], Args(curriculum_period=100)
+    for step in (0, 99, 100, 250):
+        straw.set_curriculum([env], args, step)
+        walks.append(env.walk)
+    assert walks == [2, 2, 3, 4]
+    never = Maze(11, 0.1)
+    straw.set_curriculum([never], Args(), 10**9)
+    assert never.walk == 0
 
 
 def test_math_without_curriculum_goals_are_anywhere():
@@ -642,27 +716,29 @@ def test_math_commitments_are_counted_as_in_a_loop():
     assert periods == [min(49, int(50 * i / 7)) for i in range(8)]
 
 
-def test_math_replan_rates_of_a_hand_made_maze():
+@pytest.mark.parametrize("junction", [False, True])
+def test_math_replan_rates_of_a_hand_made_maze(junction):
     walls = np.ones((5, 5), bool)
     walls[1, 1:4] = walls[2, 3] = walls[3, 3] = False  # an L: dead end, straight, corner, straight
+    walls[0, 2] = not junction
     visits, replans = np.zeros((5, 5)), np.zeros((5, 5))
     for c, of, n in ([(1, 1), 9, 9], [(1, 2), 10, 1], [(1, 3), 4, 3], [(2, 3), 10, 2]):
         visits[c], replans[c] = of, n
-    rates = straw.replan_rates(straw.ReplanMap(walls, visits, replans))
-    assert rates == {"eval/replans_at_turns": 75.0, "eval/replans_in_corridors": 15.0}
-    assert straw.is_turn(walls, (1, 3)) and not straw.is_turn(walls, (2, 3))
-    walls[0, 2] = False
-    assert straw.is_turn(walls, (1, 2))  # a junction
+    rates = straw.replan_rates(np.stack([walls, visits, replans]))
+    turns, corridors = (400 / 14, 20.0) if junction else (75.0, 15.0)
+    assert rates["eval/replans_at_turns"] == pytest.approx(turns)
+    assert rates["eval/replans_in_corridors"] == pytest.approx(corridors)
+    assert len(rates) == 2
 
 
 def test_math_replans_are_counted_where_the_agent_stands():
     net, args = policy("straw", maze_size=7)
     counted = straw.count_replans(net, args)
-    assert (counted.visits[counted.walls] == 0).all() and counted.visits.sum() > 20
-    assert (counted.replans <= counted.visits).all()
-    assert counted.replans.sum() < counted.visits.sum()
-    again = straw.count_replans(net, args)
-    assert all(np.array_equal(a, b) for a, b in zip(counted, again))
+    walls, visits, replans = counted
+    assert np.array_equal(walls, straw.carve(7, np.random.default_rng(args.seed)))
+    assert (visits[walls > 0] == 0).all() and visits.sum() > 20
+    assert (replans <= visits).all() and replans.sum() < visits.sum()
+    assert np.array_equal(counted, straw.count_replans(net, args))
 
 
 # ---- Text ---------------------------------------------------------------------------------------
@@ -671,12 +747,12 @@ def test_math_replans_are_counted_where_the_agent_stands():
 def test_math_alphabet_holds_the_49_most_frequent_characters():
     letters = [chr(0x4E00 + i) for i in range(60)]
     text = "".join(letter * (100 - i) for i, letter in enumerate(letters)) * 3
-    encoded = straw.encode(text)
-    assert encoded.alphabet[:49] == "".join(letters[:49]) and len(encoded.alphabet) == 50
-    whole = torch.cat([encoded.train, encoded.test]).tolist()
+    alphabet, train, test = straw.encode(text)
+    assert alphabet[:49] == "".join(letters[:49]) and len(alphabet) == 50
+    whole = torch.cat([train, test]).tolist()
     expected = "".join(c if c in letters[:49] else straw.OTHER for c in text)
-    assert "".join(encoded.alphabet[i] for i in whole) == expected
-    assert len(encoded.train) == len(text) * 9 // 10
+    assert "".join(alphabet[i] for i in whole) == expected
+    assert len(train) == len(text) * 9 // 10
 
 
 def test_math_text_is_read_side_by_side():
@@ -726,7 +802,7 @@ def test_math_text_goes_on_from_piece_to_piece(model):
         for parameter in net.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     if model == "strawe":
-        torch.nn.init.constant_(net.straw.channel.log_sigma.bias, -30)
+        torch.nn.init.constant_(net.straw.channel.mu_and_log_sigma.bias, -30)  # noise_size is 0
     whole = net(x, net.initial_state(4))
     first = net(x[:5], net.initial_state(4))
     second = net(x[5:], first.state)
@@ -765,11 +841,14 @@ def test_learns_a_periodic_text(model, learning_rate, tmp_path):
     metrics = straw.main(args)
     assert metrics["eval/bits_per_character"] < 0.35
     checkpoint = str(tmp_path / "run" / "checkpoint.pt")
-    evaluated = straw.main(dataclasses.replace(args, evaluate=checkpoint, run_dir=""))
+    pictures = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.png")}
+    again = dataclasses.replace(args, evaluate=checkpoint, run_dir="", total_timesteps=10**6)
+    evaluated = straw.main(again)
     assert evaluated == {tag: metrics[tag] for tag in evaluated}
     if model == "straw":
-        for name in ("commitments.png", "macro_actions.png"):
-            assert Image.open(tmp_path / "run" / name).size[0] > 100
+        assert {path.name for path in pictures} == {"commitments.png", "macro_actions.png"}
+        for path, before in pictures.items():
+            assert path.read_bytes() == before and Image.open(path).size[0] > 100
         with open(tmp_path / "run" / "macro_actions.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         assert all(len(row["string"]) == int(row["length"]) for row in rows)
@@ -804,7 +883,7 @@ def test_learns_to_commit_when_replanning_costs_and_to_replan_when_it_is_free(tm
     committed = {}
     for cost in (0.0, 3.0):
         args = Args(**TEXT, text_file=periodic_text(tmp_path), commitment_cost=cost)
-        args = dataclasses.replace(args, total_timesteps=4000, report_every=400)
+        args = dataclasses.replace(args, total_timesteps=2000, report_every=400)
         straw.main(dataclasses.replace(args, run_dir=str(tmp_path / str(cost))))
         with open(tmp_path / str(cost) / "metrics.csv") as file:
             rows = list(csv.reader(file))
@@ -828,6 +907,8 @@ def test_learns_something_in_processes_then_evaluates_and_goes_on(tmp_path, monk
     for name in ("replans.png", "commitments.png", "plan.gif"):
         assert Image.open(tmp_path / name).size[0] > 100
     assert Image.open(tmp_path / "plan.gif").n_frames == 8
+    with open(tmp_path / "metrics.csv") as file:  # of the first update on, though there are few
+        assert {"losses/policy_loss", "losses/c_0"} <= {tag for _, tag, _ in csv.reader(file)}
     checkpoint = torch.load(tmp_path / "checkpoint.pt")
     assert checkpoint["histogram"][:, 1:].sum() > 100 and any(
         (g > 0).any() for g in checkpoint["g"]
@@ -905,6 +986,21 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
         straw.main(dataclasses.replace(args, **flags))
     assert isinstance(stop.value.code, str)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.pt", "short.txt"]
+
+
+@pytest.mark.parametrize("occupied", ["metrics.csv", "commitments.png"])
+def test_bad_input_a_folder_that_cannot_be_written_to(occupied, tmp_path):
+    """In training and in an evaluation: a folder has the name of a file to be written."""
+    args = Args(**TEXT, text_file=periodic_text(tmp_path), total_timesteps=80)
+    if occupied == "commitments.png":
+        straw.main(dataclasses.replace(args, run_dir=str(tmp_path)))
+        args = dataclasses.replace(args, evaluate=str(tmp_path / "checkpoint.pt"))
+        (tmp_path / occupied).unlink()
+    else:
+        args = dataclasses.replace(args, run_dir=str(tmp_path))
+    (tmp_path / occupied).mkdir()
+    with pytest.raises(SystemExit, match=f"{occupied}.*use another folder"):
+        straw.main(args)
 
 
 def test_bad_input_a_download_that_is_not_the_text(tmp_path, monkeypatch):
