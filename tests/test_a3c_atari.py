@@ -573,7 +573,7 @@ def test_math_steps_of_two_processes_both_land():
     assert theta.tolist() == [1, 1, 2]
 
 
-@pytest.mark.parametrize("lstm", [False, True])
+@pytest.mark.parametrize("lstm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_learns_the_toy_game(lstm, tmp_path, monkeypatch):
     """Ten points a game are the optimum, five are chance."""
     evaluate = a3c_atari.evaluate
@@ -675,7 +675,7 @@ def test_command_line_signals_end_the_run_in_order(name, tmp_path):
         os.kill(children[-1], signal.SIGKILL)
     else:
         run.send_signal(getattr(signal, name))
-    _, errors = run.communicate(timeout=30)
+    _, errors = run.communicate(timeout=120)
     assert run.returncode == 1
     if name == "SIGKILL a worker":
         assert "ProcessExitedException" in errors and "SIGKILL" in errors
@@ -686,7 +686,7 @@ def test_command_line_signals_end_the_run_in_order(name, tmp_path):
         )
         assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns > written
         assert torch.load(tmp_path / "checkpoint.pt")["T"] > 0
-    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 10)
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 60)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
@@ -695,8 +695,8 @@ def test_command_line_workers_do_not_outlive_their_parent(tmp_path):
     wait_for(lambda: len(processes_of(run)) >= 3)  # workers and the tracker of shared memory
     children = processes_of(run)
     run.kill()
-    run.communicate(timeout=10)
-    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 30)
+    run.communicate(timeout=120)
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 60)
 
 
 def test_command_line_ctrl_c_while_workers_start(tmp_path):
@@ -704,7 +704,7 @@ def test_command_line_ctrl_c_while_workers_start(tmp_path):
     wait_for(lambda: list(tmp_path.glob("events*")))
     time.sleep(0.5)
     os.killpg(run.pid, signal.SIGINT)
-    _, errors = run.communicate(timeout=30)
+    _, errors = run.communicate(timeout=120)
     assert run.returncode == 1 and "Traceback" not in errors
 
 

@@ -495,11 +495,11 @@ def test_command_line_ctrl_c_ends_the_run_in_order(tmp_path):
     wait_for((tmp_path / "checkpoint.pt").exists, 120)
     children = processes_of(run)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=120)
     assert run.returncode == 1 and "Traceback" not in errors
     assert "Stopped; go on with the same flags and --resume" in errors
     assert torch.load(tmp_path / "checkpoint.pt")["T"] > 0
-    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 10)
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 60)
 
 
 def test_command_line(tmp_path):

@@ -798,6 +798,7 @@ def wait_until(run_dir: Path, tag: str, reaches: float) -> None:
     wait_for(lambda: last(run_dir, tag) >= reaches, 300)
 
 
+@pytest.mark.slow
 def test_learns_the_toy_game_through_ray(tmp_path, monkeypatch):
     """With 5 % of random actions the optimum is 9.75 of ten points, five are chance."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
@@ -830,7 +831,7 @@ def test_command_line_ctrl_c_ends_all_processes(tmp_path):
     assert "Stopped; go on with the same flags and --resume" in said
     assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns > written
     assert torch.load(tmp_path / "checkpoint.pt")["counts"]["steps"] > 0
-    wait_for(lambda: not alive(processes), 30)
+    wait_for(lambda: not alive(processes), 60)
 
 
 @linux

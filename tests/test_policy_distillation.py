@@ -762,11 +762,11 @@ def test_command_line_ctrl_c_ends_the_run_in_order(tmp_path):
     children = processes_of(run)
     assert children
     os.killpg(run.pid, signal.SIGINT)  # to all, as a terminal does
-    out, errors = run.communicate(timeout=60)
+    out, errors = run.communicate(timeout=120)
     assert run.returncode == 1 and "Traceback" not in errors
     assert "Stopped; go on with the same flags and --resume run/checkpoint.pt" in errors
     assert "The student has" in out
-    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 30)
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 60)
 
 
 @pytest.mark.slow

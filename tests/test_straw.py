@@ -1024,7 +1024,7 @@ def test_command_line_ends_in_order_on_ctrl_c(tmp_path):
     wait_for((tmp_path / "checkpoint.pt").exists, 120)
     children = processes_of(run)
     run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=120)
     assert run.returncode == 1 and "Stopped; go on with the same flags" in err
     assert "Traceback" not in err and "charts/SPS" in out
     wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
