@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,10 @@ from multi_object_attention import NO_LABEL, TERMINAL, Args, DeepRecurrentAttent
 
 h5py = pytest.importorskip("h5py")
 DIGITS = {"dataset": "digits", "device": "cpu"}
+HOUSES = {"task": "svhn", "dataset": "mnist"}
 SMALL = Sizes(
-    40, 0, 3, 11, 2, 6, 0.3, 16, False, 32
-)  # 40x40 pixels, 3 labels of 2 glimpses, unit 6
+    S=40, num_labels=3, num_classes=11, num_glimpses=2, location_unit=6, width=16, lstm=32
+)
 
 
 def images(B, S=40, seed=0):
@@ -86,7 +87,7 @@ def test_math_sizes_are_the_papers():
         return sum(p.numel() for p in module.parameters())
 
     for task in ("pairs", "svhn"):
-        sizes = Sizes(*dram.SIZES[task])
+        sizes = Sizes(**dram.SIZES[task])
         with torch.device("meta"):
             net = DeepRecurrentAttentionModel(sizes)
         w = sizes.width
@@ -102,15 +103,12 @@ def test_math_sizes_are_the_papers():
         assert net.context is not None and made(context=False).context is None
     for size, millions in ((54, 51), (110, 169)):  # the paper's table of costs
         with torch.device("meta"):
-            net = dram.ConvNet(Sizes(*dram.SIZES["svhn"])._replace(S=size))
+            net = dram.ConvNet(Sizes(**dram.SIZES["svhn"])._replace(S=size))
             assert net(torch.zeros(2, size, size)).shape == (2, 6, 11)
         assert round(count(net) / 1e6) == pytest.approx(millions, abs=1)
-    addition = dram.ConvNet(Sizes(*dram.SIZES["addition"]))
-    assert [m.out_channels for m in addition.modules() if isinstance(m, torch.nn.Conv2d)] == [
-        64,
-        64,
-        64,
-    ]
+    addition = dram.ConvNet(Sizes(**dram.SIZES["addition"]))
+    convolutions = [m for m in addition.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [64, 64, 64]
     assert addition(images(2, 100)).shape == (2, 1, 19)
 
 
@@ -236,8 +234,9 @@ class Recorded:
 
     N = 2
 
-    def __init__(self, B, L):
+    def __init__(self, B, L, border=9.0):
         torch.manual_seed(0)
+        self.border = border  # of the image, in units
         self.scores = torch.randn(B, L, 11, requires_grad=True)
         self.mu = torch.randn(B, 2 * L, 2, requires_grad=True)
         self.r2 = torch.randn(B, 2 * L, 32, requires_grad=True)
@@ -245,9 +244,13 @@ class Recorded:
         self.baseline = torch.nn.Linear(32, 1)
 
     def __call__(self, x, T, policy, std, into_core):
-        return dram.Reading(None, None, self.r2, self.mu, self.sample)
+        half = self.half(x)
+        return dram.Reading(None, self.r2, self.mu, self.sample, self.sample.clamp(-half, half))
 
-    def logits(self, seen):
+    def half(self, x):
+        return self.border
+
+    def logits(self, reading):
         return self.scores
 
 
@@ -257,7 +260,7 @@ def test_gradient_of_labels_after_a_mistake_is_zero(wrong):
     net = Recorded(1, 4)
     y = net.scores.argmax(2).clone()
     y[0, wrong] = (y[0, wrong] + 1) % 11
-    loss, parts = dram.reading_loss(net, None, y, 0.3, Args())
+    loss, parts = dram.reading_loss(net, None, y, Args(location_std=0.3))
     loss.backward()
     assert parts["charts/reward"] == wrong
     trained = net.scores.grad[0].abs().sum(1) > 0
@@ -273,11 +276,11 @@ def test_gradient_of_a_reading_is_that_of_its_equations():
     y[:4, 0] = net.scores[:4, 0].argmax(1)
     y[:2, 1] = net.scores[:2, 1].argmax(1)
     y[5, 1:] = torch.tensor([TERMINAL, NO_LABEL])
-    args = Args(reinforce_weight=0.5)
-    loss, _ = dram.reading_loss(net, None, y, 0.3, args)
+    args = Args(reinforce_weight=0.5, location_std=0.3)
+    loss, shown = dram.reading_loss(net, None, y, args)
     got = torch.autograd.grad(loss, (net.scores, net.mu, net.baseline.weight))
     b = net.baseline(net.r2.detach())[..., 0]
-    expected = 0.0
+    expected, surprises = 0.0, []
     for i in range(6):
         R = 0
         for s in range(3):
@@ -288,13 +291,58 @@ def test_gradient_of_a_reading_is_that_of_its_equations():
             expected = expected + F.cross_entropy(net.scores[i, s], y[i, s])
             for n in (2 * s, 2 * s + 1):
                 log_pi = Independent(Normal(net.mu[i, n], 0.3), 1).log_prob(net.sample[i, n])
-                expected = expected - 0.5 * (R - b[i, n].detach()) * log_pi + (R - b[i, n]) ** 2
+                surprises.append(R - b[i, n].item())
+                expected = expected - 0.5 * (R - b[i, n].detach()) * log_pi
+                expected = expected + (R - b[i, n]) ** 2 / 2 / 6  # the mean over 6 glimpses
             if not right:
                 break
     wanted = torch.autograd.grad(expected / 6, (net.scores, net.mu, net.baseline.weight))
     torch.testing.assert_close(got, wanted)
-    dram.reading_loss(net, None, y, 0.3, args)[0].backward()
+    dram.reading_loss(net, None, y, args)[0].backward()
     assert net.r2.grad is None  # the baseline trains nothing below it
+    assert shown["charts/surprise"].item() == pytest.approx(np.square(surprises).mean() ** 0.5)
+    assert shown["losses/baseline"].item() == pytest.approx(np.square(surprises).sum() / 6 / 6 / 2)
+
+
+def test_gradient_brings_means_back_that_have_left_the_image():
+    """Where every sample is clipped to one place no reward tells the way; inside all is as was."""
+    net, y = Recorded(2, 3, border=2.5), torch.randint(0, 10, (2, 3))
+    with torch.no_grad():
+        net.mu[:] = torch.tensor([1.0, -2.4])
+        net.mu[0, 0], net.mu[1, 5] = torch.tensor([7.0, 0.0]), torch.tensor([0.0, -3.5])
+        net.sample[:] = net.mu + 0.01
+    args = Args(reinforce_weight=0.0)
+    loss, shown = dram.reading_loss(net, None, y, args)
+    loss.backward()
+    expected = torch.zeros(2, 6, 2)
+    expected[0, 0, 0], expected[1, 5, 1] = 4.5 / 6 / 2, -1.0 / 6 / 2  # of 6 glimpses at 2 images
+    torch.testing.assert_close(net.mu.grad, expected)
+    assert shown["losses/straying"].item() == pytest.approx((4.5**2 + 1) / 2 / 6 / 2)
+    assert shown["charts/outside"].item() == pytest.approx(2 / 12)
+    assert shown["charts/mu"].item() == pytest.approx((10 * 3.4 + 7 + 3.5) / 24)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"optimizer": "sgd", "learning_rate": 0.01, "location_rate": 1.0}], ids=str
+)
+def test_math_one_update_moves_locations_by_less_than_half_a_percent(flags, monkeypatch):
+    """Of the image, at rewards that could not be less certain: heads or tails."""
+
+    def heads_or_tails(right, y):
+        return torch.randint(2, y.shape), torch.ones_like(y)
+
+    monkeypatch.setattr(dram, "cumulative_rewards", heads_or_tails)
+    torch.manual_seed(0)
+    args = Args(**DIGITS, **flags)
+    nets, data = dram.make_networks(args), dram.load_data(args, "cpu")
+    optimizer, means = dram.grouped_optimizer(nets, args), []
+    optimizer.param_groups[1]["lr"] *= args.location_rate
+    for (x, y), _ in zip(dram.minibatches(args, data), range(7)):
+        with torch.no_grad():
+            means.append(nets[0](data.test[0][:20], 4).mu)
+        dram.update(optimizer, dram.minibatch_loss(nets, args, x, y)[0])
+    moves = [(new - old).norm(dim=2).mean().item() / 5 for old, new in pairwise(means)]
+    assert 0 < np.mean(moves) < 0.005  # of 5 units
 
 
 @pytest.mark.parametrize("into_core", [True, False])
@@ -333,8 +381,8 @@ def test_math_minibatch_repeats_images_for_each_path_and_sums_directions(monkeyp
     args = Args(task="svhn", forward_backward=True, training_paths=3)
     calls = []
 
-    def record(net, x, y, std, args):
-        calls.append((net, x, y, std))
+    def record(net, x, y, args):
+        calls.append((net, x, y))
         return torch.tensor(2.0), {}
 
     monkeypatch.setattr(dram, "reading_loss", record)
@@ -344,8 +392,7 @@ def test_math_minibatch_repeats_images_for_each_path_and_sums_directions(monkeyp
     assert torch.equal(calls[0][1], x[[0, 0, 0, 1, 1, 1]])
     assert torch.equal(calls[0][2], y[[0, 0, 0, 1, 1, 1]])
     assert calls[1][2][::3].tolist() == [[3, 2, 1, TERMINAL], [8, 7, TERMINAL, NO_LABEL]]
-    assert calls[0][3] == pytest.approx(math.sqrt(0.03))  # svhn: a variance, else a deviation
-    assert dram.sizes_of(Args(task="pairs")).location_std == 0.03
+    assert round(Args().location_std ** 2, 2) == 0.03  # the paper's variance on svhn
 
 
 # ---- Two directions, several paths --------------------------------------------------------------
@@ -399,8 +446,8 @@ def test_math_averages_of_log_probabilities_and_of_probabilities():
 
 def test_math_answer_averages_sampled_paths(monkeypatch):
     """Three sampled paths, or one along the means; of two directions, both."""
-    args = Args(task="svhn", **DIGITS)
-    monkeypatch.setitem(dram.SIZES, "svhn", (40, 0, 3, 11, 2, 6, 0.3, 16, True, 32))
+    args = Args(task="svhn", device="cpu", location_std=0.3)
+    monkeypatch.setitem(dram.SIZES, "svhn", {**SMALL._asdict(), "convolutional": True})
     torch.manual_seed(0)
     nets = dram.make_networks(dataclasses.replace(args, forward_backward=True))
     assert nets[0].glimpse is nets[1].glimpse and nets[0].lstm1 is not nets[1].lstm1
@@ -430,13 +477,16 @@ def test_math_a_number_is_wrong_if_any_digit_is():
 
 
 def test_math_focus_cuts_around_the_glimpses():
-    net, x = made(), images(4, 110)
-    l = torch.tensor(
-        [[[0.0, 0.0], [2.0, -1.0]], [[-9, -9], [-9, -9]], [[9, 0], [9, 0]], [[0, 0]] * 2]
-    )
-    net.forward = lambda x, T: dram.Reading(None, l, None, None, None)
-    parts = dram.focused(net, x, 2)
-    for part, image, (column, row) in zip(parts, x, ((34, 25), (0, 0), (56, 28), (28, 28))):
+    """As many as it reads labels, the terminal class among them; the others look anywhere."""
+    net, x = made(), images(5, 110)
+    l = torch.tensor([[0.0, 0.0], [2.0, -1.0], [-9.0, -9.0], [9.0, 0.0]])
+    paths = [[0, 1, 1, 0, 2, 3], [2, 2, 3, 3, 3, 3], [3] * 6, [0] * 6, [0, 1, 0, 1, 0, 3]]
+    paths = l[torch.tensor(paths)]
+    net.forward = lambda x, T: dram.Reading(None, None, None, None, paths)
+    read = [saying(*digits, L=3) for digits in ((4,), (), (1, 2, 3), (), (7, 7))]
+    net.logits = lambda reading: torch.cat(read)
+    corners = ((34, 25), (0, 0), (56, 28), (28, 28), (55, 25))
+    for part, image, (column, row) in zip(dram.focused(net, x, 6), x, corners):
         assert torch.equal(part, image[row : row + 54, column : column + 54])
 
 
@@ -653,14 +703,23 @@ def test_math_house_numbers_are_cached_split_and_jittered(svhn, monkeypatch):
     for ruler in (edges, edges.transpose(1, 2)):
         ruled = data._replace(images=ruler)
         crops = torch.cat([x for _ in range(8) for x, _ in dram.minibatches(args, ruled)]).long()
+        assert len(crops) == 8 * 60
         assert set(crops[:, 0, 0].tolist()) == set(range(11))  # 54 of 64 pixels, borders included
         assert torch.equal(crops.amax((1, 2)), crops[:, 0, 0] + 53)
+    monkeypatch.setattr(dram, "IMAGES_PER_EPOCH", 45)  # of 60, others each time
+    numbered = data._replace(labels=torch.arange(60))
+    epochs = [torch.cat([y for _, y in dram.minibatches(args, numbered)]) for _ in range(9)]
+    assert {len(set(y.tolist())) for y in epochs} == {45} and len(
+        set(torch.cat(epochs).tolist())
+    ) == 60
 
 
 def test_learns_house_numbers_and_reads_them_from_both_sides(svhn, monkeypatch):
     """Small archives in the official format: the loader, the loss, the evaluation."""
-    monkeypatch.setitem(dram.SIZES, "svhn", (54, 0, 6, 11, 1, 12, 0.2, 32, True, 32))
+    sizes = {"num_glimpses": 1, "width": 32, "lstm": 32}
+    monkeypatch.setitem(dram.SIZES, "svhn", dram.SIZES["svhn"] | sizes)
     args = Args(task="svhn", data_dir=str(svhn), run_dir=str(svhn / "run"), device="cpu")
+    args.monte_carlo_samples = 2
     args = dataclasses.replace(
         args, forward_backward=True, epochs=2, batch_size=30, optimizer="adam", learning_rate=3e-3
     )
@@ -669,8 +728,16 @@ def test_learns_house_numbers_and_reads_them_from_both_sides(svhn, monkeypatch):
     checkpoint = str(svhn / "run" / "checkpoint.pt")
     wide = dataclasses.replace(args, run_dir="", evaluate=checkpoint, svhn_size=110)
     assert dram.main(wide).keys() == dram.main(dataclasses.replace(wide, focus=True)).keys()
-    fewer = dataclasses.replace(args, run_dir="", resume=checkpoint, svhn_size=110, epochs=3)
-    assert dram.main(fewer)["charts/learning_rate"] == pytest.approx(3e-3 * 0.97**2)
+    before = (svhn / "run" / "checkpoint.pt").read_bytes()
+    tuned = {"run_dir": str(svhn / "wide"), "svhn_size": 110, "epochs": 1, "learning_rate": 0.0}
+    args = dataclasses.replace(args, pretrained=checkpoint, **tuned)
+    assert dram.main(args)["charts/learning_rate"] == 0
+    assert (svhn / "run" / "checkpoint.pt").read_bytes() == before
+    kept, tuned = (torch.load(svhn / name / "checkpoint.pt")["net"] for name in ("run", "wide"))
+    assert all(torch.equal(kept[name], tuned[name]) for name in kept)
+    args = dataclasses.replace(args, pretrained="", run_dir="", resume=checkpoint, epochs=3)
+    with pytest.raises(SystemExit, match="made with svhn_size=54, not with svhn_size=110"):
+        dram.main(args)
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
@@ -680,10 +747,11 @@ TINY = Args(
     **DIGITS,
     patch_size=14,
     num_scales=3,
-    optimizer="adam",
     learning_rate=3e-3,
+    location_rate=1.0,
     batch_size=16,
     reinforce_into_core=False,
+    location_std=0.3,
     monte_carlo_samples=3,
 )
 
@@ -702,13 +770,15 @@ def tiny(monkeypatch):
 
     monkeypatch.setattr(dram, "load_digits", few)
     monkeypatch.setattr(dram, "places_apart", side_by_side)
-    monkeypatch.setitem(dram.SIZES, "pairs", (56, 0, 1, 3, 4, 14, 0.3, 64, False, 64))
+    sizes = {"S": 56, "num_classes": 3, "location_unit": 14, "width": 64, "lstm": 64}
+    monkeypatch.setitem(dram.SIZES, "pairs", sizes)
 
 
 def test_learns_where_to_look_from_rewards_alone():
     """A bright square anywhere, a reward for looking at it: context and emission find it."""
     torch.manual_seed(0)
-    net = DeepRecurrentAttentionModel(Sizes(48, 0, 1, 3, 1, 12, 0.4, 64, False, 64))
+    sizes = Sizes(S=48, num_classes=3, num_glimpses=1, location_unit=12, width=64, lstm=64)
+    net = DeepRecurrentAttentionModel(sizes)
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, nesterov=True)
     distances = []
     for _ in range(100):
@@ -761,6 +831,16 @@ def test_learns_on_bit_for_bit_after_it_was_stopped(tiny, tmp_path):
     }
 
 
+def test_gradient_location_rate_is_that_of_what_rewards_alone_train(tiny, tmp_path):
+    args = dataclasses.replace(TINY, epochs=1, location_rate=0.0, run_dir=str(tmp_path))
+    dram.main(args)
+    trained = torch.load(tmp_path / "checkpoint.pt")["net"]
+    torch.manual_seed(args.seed)
+    begun = dram.make_networks(args).state_dict()
+    kept = {name.split(".")[1] for name in begun if torch.equal(begun[name], trained[name])}
+    assert kept == {"context", "lstm2", "emission"}
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -783,31 +863,81 @@ def test_learns_with_other_models(tiny, flags, tmp_path):
     ("flags", "sentence"),
     [
         ({"forward_backward": True}, "--forward-backward is for --task svhn"),
-        ({"task": "svhn", "focus": True}, "--focus is for --evaluate"),
-        ({"task": "svhn", "patch_size": 8}, "--patch-size must be at least 9"),
+        (HOUSES | {"focus": True}, "--focus is for --evaluate"),
+        (HOUSES | {"patch_size": 8}, "--patch-size must be at least 9"),
+        ({"task": "svhn"}, "--dataset is for pairs and addition"),
+        ({"svhn_size": 110}, "--svhn-size is for --task svhn"),
+        ({"model": "ram", "context": "none"}, "--context is for --model dram"),
+        ({"model": "conv", "glimpse_policy": "random"}, "--glimpse-policy is for dram and ram"),
+        ({"pretrained": "good.pt", "resume": "good.pt"}, "--pretrained begins a run"),
+        ({"num_scales": 6}, "passes 200, two images"),
+        ({"num_scales": 2**32 - 1}, "passes 200, two images"),
+        ({"patch_size": 201, "num_scales": 1}, "passes 200, two images"),
         ({"batch_size": 0}, "--batch-size must lie between 1"),
         ({"location_std": -1.0}, "--location-std must lie between 0"),
+        ({"location_std": 0.0}, "--location-std must be above 0"),
         ({"evaluate": "missing.pt"}, "missing.pt is missing, damaged or no checkpoint"),
         ({"resume": "good.pt", "context": "none"}, "made with context=coarse, not with"),
-        ({"resume": "good.pt"}, "has had 100 epochs: raise --epochs"),
+        ({"pretrained": "good.pt", "task": "addition"}, "made with task=pairs, not with"),
+        ({"run_dir": ".", "dataset": "mnist"}, "holds a run already"),
+        ({"resume": "good.pt"}, "has had 1 epochs: raise --epochs"),
         ({"dataset": "mnist"}, "is damaged.*delete it"),
-        ({"task": "svhn"}, r"train.tar.gz is missing or damaged.*housenumbers.*into data/svhn/"),
+        (HOUSES, r"train.tar.gz is missing or damaged.*housenumbers.*into data/svhn/"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = Args(**DIGITS)
+    args = Args(**DIGITS, epochs=1)
     nets = dram.make_networks(args)
-    optimizer = torch.optim.SGD(nets.parameters(), 0.01, momentum=0.9, nesterov=True)
-    state = {"net": nets.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 100}
+    optimizer = dram.grouped_optimizer(nets, args)
+    state = {"net": nets.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 1}
     state |= {"args": dataclasses.asdict(args), "rng": torch.get_rng_state(), "seconds": 0.0}
-    dram.save_checkpoint(Path("good.pt"), **state)
+    for path in ("good.pt", "checkpoint.pt"):
+        dram.save_checkpoint(Path(path), **state)
     Path("data/mnist").mkdir(parents=True)
     Path("data/mnist/train-images-idx3-ubyte.gz").write_bytes(b"no gzip")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
         dram.main(dataclasses.replace(args, **flags))
     assert isinstance(stop.value.code, str) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_input_is_refused_before_data_is_loaded(tiny, tmp_path, monkeypatch):
+    args = dataclasses.replace(TINY, epochs=1, run_dir=str(tmp_path / "run"))
+    dram.main(args)
+    monkeypatch.setattr(dram, "load_data", None)
+    checkpoint = str(tmp_path / "run" / "checkpoint.pt")
+    for flags in (
+        {},
+        {"run_dir": "", "resume": checkpoint},
+        {"evaluate": checkpoint, "model": "ram"},
+    ):
+        with pytest.raises(
+            SystemExit, match=r"holds a run already|has had 1 epochs|made with model"
+        ):
+            dram.main(dataclasses.replace(args, **flags))
+
+
+def test_bad_input_conv_of_another_size(svhn, monkeypatch):
+    """Its layers have other shapes: that is said, not that the file is damaged."""
+    monkeypatch.setattr(dram, "ConvNet", lambda sizes: torch.nn.Linear(sizes.S, 1))
+    args = Args(task="svhn", model="conv", data_dir=str(svhn), device="cpu")
+    state = {"net": dram.make_networks(args).state_dict(), "args": dataclasses.asdict(args)}
+    dram.save_checkpoint(svhn / "conv.pt", **state)
+    for flag in ("evaluate", "pretrained", "resume"):
+        with pytest.raises(SystemExit, match="made with svhn_size=54, not with svhn_size=110"):
+            dram.main(dataclasses.replace(args, svhn_size=110, **{flag: str(svhn / "conv.pt")}))
+
+
+def test_bad_input_folders_that_cannot_be_written(svhn, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(dram, "download_mnist", lambda path: dram.write_whole(path, b""))
+    with pytest.raises(SystemExit, match=r"MNIST cannot be kept there .*: change --data-dir"):
+        dram.load_data(Args(data_dir=str(tmp_path / "file")), "cpu")
+    monkeypatch.setattr(dram, "decode_archive", None)  # it is seen before the long work
+    monkeypatch.setattr(dram.os, "access", lambda path, mode: mode != dram.os.W_OK)
+    with pytest.raises(SystemExit, match=r"svhn cannot be written.*--data-dir"):
+        dram.load_svhn(str(svhn), 64)
 
 
 def test_bad_input_archives(svhn, monkeypatch):

@@ -140,7 +140,7 @@ def measure(row: Contender, args: Args) -> dict[str, float]:
 
 def count(row: Contender) -> dict[str, float]:
     """What reading one image costs, and the parameters; two operations are one multiply-add."""
-    sizes = dram.Sizes(*dram.SIZES[row.task])
+    sizes = dram.Sizes(**dram.SIZES[row.task])
     device = next(row.nets.parameters()).device
     x = torch.zeros(1, sizes.S, sizes.S, dtype=torch.uint8, device=device)
     net, T = row.nets[0], sizes.num_labels * sizes.num_glimpses
