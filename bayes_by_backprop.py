@@ -146,7 +146,7 @@ class SampledWeights(torch.autograd.Function):
     def backward(ctx, d_w: Tensor, d_kl: Tensor):
         w, rho, sigma, eps = ctx.saved_tensors
         d_mu = ctx.prior.score(w).mul_(-d_kl).add_(d_w)
-        d_rho = (d_mu * eps).sub_(sigma.reciprocal().mul_(d_kl)).mul_(rho.sigmoid())
+        d_rho = (d_mu * eps).addcdiv_(-d_kl, sigma).mul_(rho.sigmoid())
         return d_mu, d_rho, None, None, None
 
 
