@@ -477,6 +477,7 @@ def test_learns_nothing_from_a_crashing_environment_and_says_so(tmp_path):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow  # supervise, which this is about, has the text it has in a3c_atari.py
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_command_line_ctrl_c_ends_the_run_in_order(tmp_path):
     flags = "--env-id", TOY["env_id"], "--plain", "--num-workers", "1"

@@ -248,7 +248,7 @@ def test_gradient_reaches_V_and_d_alone():
     assert all(not buffer.requires_grad for buffer in net.buffers())
 
 
-@pytest.mark.parametrize("task", ["fisher", "autoencoder"])
+@pytest.mark.parametrize("task", ["fisher", pytest.param("autoencoder", marks=pytest.mark.slow)])
 def test_math_without_whitening_it_is_gradient_descent_bit_for_bit(task, tmp_path, monkeypatch):
     """U stays I and takes part in every product; both see the same minibatches."""
     monkeypatch.setattr(prong, "rewhiten", lambda *_: [])
@@ -415,7 +415,7 @@ def test_learns_an_ill_conditioned_toy_in_fewer_updates_than_gradient_descent():
     assert best["prong"] < best["sgd"] / 3
 
 
-@pytest.mark.parametrize("method", ["prong", "rmsprop"])
+@pytest.mark.parametrize("method", ["prong", pytest.param("rmsprop", marks=pytest.mark.slow)])
 def test_learns_digits_and_goes_on_bit_for_bit(method, tmp_path):
     args = Args(task="fisher", method=method, **TINY | {"total_iterations": 300})
     args = dataclasses.replace(args, report_every=150, whitening_period=70, learning_rate=0.05)
@@ -450,7 +450,7 @@ def test_learns_to_reconstruct(tmp_path):
     assert (tmp_path / "reconstructions.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("method", ["prong+", "batchnorm"])
+@pytest.mark.parametrize("method", ["prong+", pytest.param("batchnorm", marks=pytest.mark.slow)])
 def test_learns_from_cifar_and_anneals_and_goes_on_bit_for_bit(method, tmp_path, monkeypatch):
     folder = make_cifar(tmp_path)
     monkeypatch.setattr(prong.Waterfall, "step", lambda self, error: seen.append(error))

@@ -1016,6 +1016,7 @@ def test_math_text_defaults_to_pythons_help():
     assert len(text) > 300_000 and "The following identifiers" in text
 
 
+@pytest.mark.slow  # supervise, which this is about, has the text it has in a3c_atari.py
 def test_command_line_ends_in_order_on_ctrl_c(tmp_path):
     command = [sys.executable, "straw.py", "--maze-size", "5", "--num-workers", "1"]
     command += ["--report-every", "200", "--run-dir", str(tmp_path), "--plan-length", "20"]
