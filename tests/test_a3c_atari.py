@@ -418,10 +418,10 @@ def test_math_atari_screens():
 
 def test_math_no_ops_are_1_to_30_and_differ():
     env, starts = a3c_atari.make_env("PongNoFrameskip-v4", training=False), []
-    for seed in range(30):
+    for seed in range(60):
         env.reset(seed=seed)
         starts.append(env.unwrapped.ale.getEpisodeFrameNumber())
-    assert min(starts) >= 1 and max(starts) <= 30 and len(set(starts)) > 12
+    assert min(starts) >= 1 and max(starts) <= 30 and len(set(starts)) > 20
 
 
 def test_math_every_worker_has_its_own_random_numbers():
@@ -662,7 +662,15 @@ def test_bad_input_a_loss_that_explodes_stops_the_run(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT to all", "SIGKILL a worker"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SIGTERM",
+        "SIGINT to all",
+        "SIGKILL a worker",
+        pytest.param("SIGINT", marks=pytest.mark.slow),
+    ],
+)
 def test_command_line_signals_end_the_run_in_order(name, tmp_path):
     run = start_run("a3c_atari.py", tmp_path)
     wait_for((tmp_path / "checkpoint.pt").exists)

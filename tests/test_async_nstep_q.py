@@ -471,11 +471,15 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["good.pt"]
 
 
-def test_command_line(tmp_path):
-    command = [sys.executable, str(ROOT / "async_nstep_q.py"), "--algorithm", "nstep-q"]
+@pytest.mark.parametrize(
+    "algorithm",
+    ["nstep-q", *(pytest.param(a, marks=pytest.mark.slow) for a in ("onestep-q", "onestep-sarsa"))],
+)
+def test_command_line(algorithm, tmp_path):
+    command = [sys.executable, str(ROOT / "async_nstep_q.py"), "--algorithm", algorithm]
     command += ["--total-timesteps", "300", "--num-workers", "2", "--eval-episodes", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "eval/episodic_return" in done.stdout
-    (checkpoint,) = tmp_path.glob("runs/Breakout*-nstep-q__async_nstep_q__1__*/checkpoint.pt")
+    (checkpoint,) = tmp_path.glob(f"runs/Breakout*-{algorithm}__async_nstep_q__1__*/checkpoint.pt")
     assert torch.load(checkpoint)["T"] >= 300
