@@ -542,16 +542,16 @@ def supervise(
     step, watch) returns metrics and calls watch now and then. Returns the last report. A worker
     that dies ends the run with its traceback, Ctrl-C and SIGTERM end it with a checkpoint.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    os.environ |= KEEP_MEMORY
-    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit that
-    workers = mp.spawn(role, arguments, nprocs=args.num_workers, join=False)
-    signal.signal(signal.SIGINT, on_ctrl_c)
     counter = T.get_obj()  # read without the lock, which a worker may hold when it is killed
     bar = tqdm(total=args.total_timesteps, initial=counter.value, unit="step", disable=None)
     last_step, last_time, last_evaluation = counter.value, time.perf_counter(), counter.value
     recent, finished = defaultdict(list), False
+    os.environ |= KEEP_MEMORY
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit that
+    workers = mp.spawn(role, arguments, nprocs=args.num_workers, join=False)
     try:
+        signal.signal(signal.SIGINT, on_ctrl_c)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         while not finished:
             finished = workers.join(timeout=1)
             drain(log, recent)

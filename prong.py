@@ -11,17 +11,21 @@
 
 Departures: ours (the paper's, its first version of arXiv)
     algorithm 1 with the signs that equation 6 demands (as printed it changes the function)
-    whitened by the covariance (section 3 writes E[h h^T]); epsilon 0.01 (searched, in a figure)
+    whitened by the covariance (section 3 writes E[h h^T]); epsilon 0.01 (several, figure 3a)
     U symmetric, E diag(.) E^T (equation 7: diag(.) E^T, which makes the same steps in W)
+    velocity forgotten at a whitening, or transformed (at first left as it was, which footnote 6
+      doubts)
     prong+: batch normalisation after each whitened layer but the last (one of two descriptions of
-      it). It removes constants, so c = 0 there; batchnorm, too, leaves the last layer as it is
+      it). Its mean removes V U c already, so c = 0 there; batchnorm, too, spares the last layer
     convolutions see zeros outside the image, whitened like any other pixel (not told)
-    cross-entropy of the autoencoder, summed over pixels, all layers sigmoid (not told); its
-      training error is that of the first 10,000 images
+    cross-entropy of the autoencoder, summed over pixels, all layers sigmoid (not told); training
+      errors are those of the first 10,000 images, cropped in the middle
     fisher: 100-20-20-10 units, overlapping means to 10x10, 2,000 images (not told)
-    cifar10: T, N_s and epsilon as elsewhere, centre crop in tests, (x - mean) / 64 (not told)
-    minibatches drawn independently; weights begin as torch's layers do (fan-in); --tune has neither
-      RMSprop's own two settings nor epsilon in its grid (the first two); no ImageNet
+    cifar10: T, N_s and epsilon as elsewhere, centre crop in tests, (x - mean) / 64, the last 5,000
+      images for validation (not told)
+    minibatches and samples drawn independently; RMSprop is torch's, its momentum is of the scaled
+      gradient (not told); weights begin as torch's layers do, with variance 1 / (3 n) (fan-in)
+    --tune has neither RMSprop's own two settings nor epsilon in its grid (has the two); no ImageNet
 
 Symbols: h input of a layer, z its output before the activation; c centres and U whitens h, V and d
 are trained; W = V U and b = d - W c are the canonical parameters, those of the same layer without
@@ -55,6 +59,7 @@ import torch.nn.functional as F
 import tyro
 from sklearn import datasets
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -77,7 +82,7 @@ class Args:
     momentum_decay: float = 0.9  # of the velocity; 0: none
     rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # added to its root
-    tune: bool = False  # instead of the last three's values above, try 24 of them, one by one
+    tune: bool = False  # 24 runs: learning rates x momentum_decay x batch_size of section 4.2
     # The run
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
@@ -95,7 +100,8 @@ class Args:
 class Whitening(NamedTuple):
     """h -> U (h - c) with the symmetric U = scale (I + E diag(gain) E^T), kept in factors.
 
-    N samples know r < N directions; U treats all others alike and costs 2 r n instead of n^2.
+    N samples tell r < N directions apart, all others are multiplied by scale: 2 r n products
+    instead of n^2.
     """
 
     c: Tensor  # [n]
@@ -112,11 +118,11 @@ class Whitening(NamedTuple):
         return (x + (x @ self.E * (1 / (1 + self.gain) - 1)) @ self.E.T) / self.scale
 
 
-def whitening(h: Tensor, epsilon: float) -> tuple[Whitening, Tensor]:
+def estimate_whitening(h: Tensor, epsilon: float) -> tuple[Whitening, Tensor]:
     """U = (Sigma + epsilon)^-1/2 and c from samples h [N, n] (equation 7), as float64.
 
     Also the min(N, n) largest eigenvalues lambda of their covariance Sigma; U leaves of each
-    lambda / (lambda + epsilon).
+    lambda / (lambda + epsilon), so those far below epsilon are scaled but not whitened.
     """
     h = h.double()
     c = h.mean(0)
@@ -131,24 +137,33 @@ def seen_by(W: Tensor, c: Tensor) -> Tensor:
     return W.reshape(*W.shape[:2], -1).sum(-1) @ c
 
 
-def canonical(V: Tensor, d: Tensor, white: Whitening) -> tuple[Tensor, Tensor]:
+def to_canonical(V: Tensor, d: Tensor, white: Whitening) -> tuple[Tensor, Tensor]:
     """W = V U, b = d - W c: the same layer without whitening (algorithm 1, line 7, mended)."""
     W = white.times(V.movedim(1, -1)).movedim(-1, 1)
     return W, d - seen_by(W, white.c)
 
 
-def whitened(W: Tensor, b: Tensor, white: Whitening) -> tuple[Tensor, Tensor]:
+def to_whitened(W: Tensor, b: Tensor, white: Whitening) -> tuple[Tensor, Tensor]:
     """V = W U^-1, d = b + W c: the same layer under another whitening (line 10, mended)."""
     V = white.inverse_times(W.movedim(1, -1)).movedim(-1, 1)
     return V, b + seen_by(W, white.c)
+
+
+def change_basis(V: Tensor, d: Tensor | None, old: Whitening, new: Whitening) -> None:
+    """V, d of the same layer under another whitening, in place. Linear: a velocity moves alike."""
+    shift = V.new_zeros(len(V)) if d is None else d
+    double = Whitening(*(part.double() for part in old))
+    W, b = to_canonical(V.double(), shift.double(), double)
+    for ours, moved in zip((V, shift), to_whitened(W, b, new)):
+        ours.copy_(moved)
 
 
 class WhitenedLayer(nn.Module):
     """z = V U (h - c) + d (equation 6), dense or, with a kernel, a convolution of the same size.
 
     A convolution is whitened across channels, pixel by pixel, as by a 1x1 convolution before it
-    (section 4.3). Methods that do not whiten have no U; batchnorm and prong+ normalise z. rank is
-    the number of directions that U can tell apart.
+    (section 4.3); both are one, with the kernel V U. Methods that do not whiten have no U;
+    batchnorm and prong+ normalise z. rank is the number of directions that U can tell apart.
     """
 
     def __init__(
@@ -178,12 +193,10 @@ class WhitenedLayer(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         if self.V.dim() == 2:
             return self.normalise(F.linear(self.whiten(h), self.V, self.d))
-        d = self.d
-        if self.is_whitened:  # beyond the border h is 0 and U (h - c) is not: hence c goes into d
-            U = self.white.times(torch.eye(len(self.c)).to(h))
-            h = F.conv2d(h, U[:, :, None, None])
-            d = d if d is None else d - seen_by(self.V, U @ self.c)
-        return self.normalise(F.conv2d(h, self.V, d, padding="same"))
+        W, b = self.V, self.d
+        if self.is_whitened:  # beyond the border h is 0, not c
+            W, b = to_canonical(self.V, 0 if self.d is None else self.d, self.white)
+        return self.normalise(F.conv2d(h, W, b, padding="same"))
 
 
 @torch.no_grad()
@@ -195,7 +208,8 @@ def layer_inputs(net: nn.Module, x: Tensor) -> dict[WhitenedLayer, Tensor]:
         inputs[layer] = given[0].movedim(1, -1).flatten(0, -2)  # a pixel is a sample
 
     hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
-    net(x)
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    functional_call(net, buffers, x)  # the averages of batch normalisation stay as they are
     for hook in hooks:
         hook.remove()
     return inputs
@@ -211,23 +225,13 @@ def rewhiten(net: nn.Module, x: Tensor, optimizer: torch.optim.SGD, args: Args) 
         optimizer.state.clear()
     spectra = []
     for layer, h in layer_inputs(net, x).items():
-        white, lambda_ = whitening(h, args.epsilon)
+        white, lambda_ = estimate_whitening(h, args.epsilon)
         if layer.d is None:
             white = white._replace(c=torch.zeros_like(white.c))
-
-        def move(V: Tensor, d: Tensor | None, layer=layer, white=white) -> None:
-            """From the layer's present basis to the new one, in place."""
-            shift = torch.zeros(len(V)).to(V) if d is None else d
-            present = Whitening(*(part.double() for part in layer.white))
-            W, b = canonical(V.double(), shift.double(), present)
-            for old, new in zip((V, shift), whitened(W, b, white)):
-                old.copy_(new)
-
-        move(layer.V, layer.d)
-        if velocity := optimizer.state[layer.V]:
-            # a velocity is a displacement of (V, d), and the change of basis is linear
+        change_basis(layer.V, layer.d, layer.white, white)
+        if layer.V in optimizer.state:  # its velocity
             of_d = None if layer.d is None else optimizer.state[layer.d]["momentum_buffer"]
-            move(velocity["momentum_buffer"], of_d)
+            change_basis(optimizer.state[layer.V]["momentum_buffer"], of_d, layer.white, white)
         for old, new in zip(layer.white, white):
             old.zero_()[tuple(map(slice, new.shape))] = new  # fewer samples than rank leave zeros
         spectra.append(lambda_.cpu())
@@ -236,7 +240,7 @@ def rewhiten(net: nn.Module, x: Tensor, optimizer: torch.optim.SGD, args: Args) 
 
 @torch.no_grad()
 def input_condition(net: nn.Module, x: Tensor) -> float:
-    """Largest by mean eigenvalue of a layer's (whitened) input covariance, the worst layer's.
+    """Largest eigenvalue over the mean one of U (h - c)'s covariance, in the worst layer.
 
     1 for a white input. Unlike the condition number it is finite where inputs are constant.
     """
@@ -697,18 +701,28 @@ def draw_reconstructions(task: Task, path: Path) -> None:
 
 
 def tune(args: Args) -> dict[str, float]:
-    """Section 4.2's grid: every setting from scratch, in the order of the training loss."""
+    """Section 4.2's grid: every setting from scratch, in the order of the training loss.
+
+    A folder that holds a part of it already is completed.
+    """
     run_dir = open_run_dir(args, f"{args.task}_{args.method}_tune", "prong")
-    table = run_dir / "tune.csv"
+    table, losses = run_dir / "tune.csv", {}
     if table.exists():
-        raise SystemExit(f"{table} exists already: choose another --run-dir.")
-    losses, grid = {}, itertools.product((0.1, 0.01, 0.001), (0.0, 0.9), (32, 64, 128, 256))
+        with open(table, newline="") as file:
+            losses = {name: float(loss) for name, loss in csv.reader(file)}
+    grid = itertools.product((0.1, 0.01, 0.001), (0.0, 0.9), (32, 64, 128, 256))
     for rate, decay, batch_size in tqdm(list(grid), unit="setting", disable=None):
         name = f"rate_{rate}_momentum_{decay}_batch_{batch_size}"
+        if name in losses:
+            continue
+        checkpoint = run_dir / name / "checkpoint.pt"
+        if checkpoint.exists():
+            where = dict(resume=str(checkpoint), run_dir="")
+        else:
+            where = dict(run_dir=str(run_dir / name))
         setting = dict(learning_rate=rate, momentum_decay=decay, batch_size=batch_size)
         try:
-            run = replace(args, tune=False, run_dir=str(run_dir / name), **setting)
-            losses[name] = main(run)["eval/train_loss"]
+            losses[name] = main(replace(args, tune=False, **where, **setting))["eval/train_loss"]
         except Diverged:
             losses[name] = math.inf
         with open(table, "w", newline="") as file:
@@ -722,7 +736,10 @@ def check_method(args: Args) -> None:
     """Combinations of flags that no run can have."""
     whitens, normalises = args.method.startswith("prong"), args.method in ("batchnorm", "prong+")
     if args.tune and (args.resume or args.evaluate):
-        raise SystemExit("--tune begins 24 runs: leave --resume and --evaluate out.")
+        raise SystemExit(
+            "--tune begins 24 runs, or goes on with those in --run-dir: leave --resume and "
+            "--evaluate out."
+        )
     if args.task == "fisher" and normalises:
         raise SystemExit("--task fisher compares sgd, rmsprop and prong, as the paper does.")
     if whitens and (args.epsilon == 0 or args.whitening_samples < 2):
@@ -776,20 +793,21 @@ def main(args: Args) -> dict[str, float]:
             if whitens and t % args.whitening_period == 0:
                 began = time.perf_counter()
                 with torch.random.fork_rng(devices=[]):  # the minibatches stay what they were
-                    torch.manual_seed(1_000_003 * args.seed + t)  # of no other seed and update
+                    torch.manual_seed(1_000_003 * args.seed + t)  # other samples every time
                     x, _ = draw(task, args.whitening_samples)
                 found = rewhiten(net, x, optimizer, args)
                 whitening_seconds += time.perf_counter() - began
                 spectra = spectra or found
                 if matrices and "whitened" not in matrices:
+                    began = time.perf_counter()
                     matrices["whitened"] = probe_fisher(task)
-                    start += time.perf_counter() - began - whitening_seconds
+                    start += time.perf_counter() - began  # measuring is not training
             losses.append(update(task, optimizer, args.batch_size))
             refuse_infinity(losses[-1].item(), f"at update {t}")
             t += 1
             bar.update()
             validates = args.task == "cifar10" and t % 1000 == 0
-            if t % args.report_every and t < args.total_iterations and not validates:
+            if not (t % args.report_every == 0 or t == args.total_iterations or validates):
                 continue
 
             now = time.perf_counter()
@@ -812,6 +830,8 @@ def main(args: Args) -> dict[str, float]:
             losses, start = [], time.perf_counter()
     except KeyboardInterrupt:
         raise stopped(run_dir) from None
+    except torch.linalg.LinAlgError:  # of a matrix that holds infinities
+        refuse_infinity(math.nan, f"after update {t}")
     finally:
         writer.close()
         bar.close()

@@ -26,12 +26,11 @@ class Axis(NamedTuple):
 
     label: str  # with its unit
     unit: float = 1
-    tag: str = ""  # whose values they are; "": the steps themselves
+    table: str = ""  # of results/speed, whose milliseconds of a line's update make them seconds
 
 
 STEPS = Axis("agent steps (millions)", 1e6)
 UPDATES = Axis("updates (thousands)", 1e3)
-SECONDS = Axis("seconds", 1, "charts/seconds")
 
 
 @dataclass
@@ -73,19 +72,49 @@ EXPERIMENTS = [
         x=(UPDATES,),
         logarithmic=True,
     ),
+    Experiment(
+        folder="prong/autoencoder",
+        title="PRONG and its rivals: an autoencoder of MNIST, 784-1000-500-250-30 and back",
+        tag="eval/train_loss",
+        y="training loss (nats per image)",
+        x=(UPDATES, Axis("seconds (updates x milliseconds of one alone)", 1e3, "prong.md")),
+        logarithmic=True,
+    ),
+    Experiment(
+        folder="prong/period",
+        title="PRONG: updates between two whitenings, same autoencoder",
+        tag="eval/train_loss",
+        y="training loss (nats per image)",
+        x=(UPDATES,),
+        logarithmic=True,
+    ),
+    Experiment(
+        folder="prong/cifar10",
+        title="PRONG and its rivals: CIFAR-10, 45,000 training images",
+        tag="eval/validation_error",
+        y="validation error (%)",
+        x=(UPDATES,),
+    ),
 ]
 
 
 def read(path: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one tag; the steps of "" are their own values."""
+    """Steps and values of one tag."""
     with open(path, newline="") as file:
         rows = [
-            (float(step), float(step if tag == "" else value))
-            for step, name, value in csv.reader(file)
-            if tag in ("", name)
+            (float(step), float(value)) for step, name, value in csv.reader(file) if name == tag
         ]
     steps, values = zip(*rows)
     return np.array(steps), np.array(values)
+
+
+def milliseconds(table: str, label: str) -> float:
+    """What an update takes when nothing else runs, by the table of the speed measurement."""
+    for line in (RESULTS / "speed" / table).read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if label in cells:
+            return float(cells[2])
+    raise SystemExit(f"results/speed/{table} has no row for {label}.")
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -96,11 +125,11 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def curve(path: Path, experiment: Experiment, x: Axis) -> tuple[np.ndarray, np.ndarray]:
+def curve(path: Path, experiment: Experiment, x: Axis, label: str) -> tuple[np.ndarray, np.ndarray]:
     """One run's points in the units of the figure."""
     steps, values = read(path, experiment.tag)
-    known_at, known = read(path, x.tag)
-    return np.interp(steps, known_at, known) / x.unit, smooth(values, experiment.window)
+    scale = milliseconds(x.table, label) if x.table else 1
+    return steps * scale / x.unit, smooth(values, experiment.window)
 
 
 def draw(experiment: Experiment) -> Path:
@@ -113,7 +142,7 @@ def draw(experiment: Experiment) -> Path:
     figure, axes = plt.subplots(1, panels, figsize=(6 if panels == 1 else 5 * panels, 3.6))
     for axis, x in zip(np.atleast_1d(axes), experiment.x):
         for label, paths in lines.items():
-            curves = [curve(path, experiment, x) for path in paths]
+            curves = [curve(path, experiment, x, label) for path in paths]
             points = np.unique(np.concatenate([xs for xs, _ in curves]))
             shared = (points >= max(xs[0] for xs, _ in curves)) & (
                 points <= min(xs[-1] for xs, _ in curves)
@@ -129,10 +158,14 @@ def draw(experiment: Experiment) -> Path:
         axis.set(xlabel=x.label, ylabel=experiment.y)
         if experiment.logarithmic:
             axis.set_yscale("log")
+            lowest, highest = axis.get_ylim()
+            if highest < 100 * lowest:  # too few powers of ten to name them alone
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter("{x:g}")
         if experiment.limits:
             axis.set_ylim(experiment.limits)
         axis.spines[["top", "right"]].set_visible(False)
-    np.atleast_1d(axes)[0].legend(frameon=False)
+    np.atleast_1d(axes)[-1].legend(frameon=False)
     figure.suptitle(experiment.title, fontsize=11)
     figure.savefig(folder / "curve.png", dpi=110, bbox_inches="tight")
     plt.close(figure)

@@ -183,11 +183,30 @@ def test_math_sliced_networks_are_invariant_also_after_training(dataset, variant
         optimizer.step()
 
 
+@pytest.mark.parametrize("dataset", ["rotated-mnist", "plankton", "galaxies", "buildings"])
+def test_math_filters_that_turn_do_what_rolls_do(dataset):
+    """The same output and the same gradients, from the same parameters."""
+    outputs, layout = 5 if dataset != "buildings" else 1, small(dataset)
+    nets = [CyclicNetwork(layout, "roll-all", outputs, "mean", how) for how in ("maps", "filters")]
+    for ours, theirs in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
+        ours.data.copy_(theirs)
+    x = torch.rand(2, layout.channels, layout.size, layout.size)
+    answers = [net.eval().double()(x.double()) for net in nets]
+    torch.testing.assert_close(*answers)
+    for answer in answers:
+        answer.square().sum().backward()
+    for ours, theirs in zip(nets[1].parameters(), nets[0].parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_math_unstack_is_the_inverse_of_stack():
+    assert torch.equal(cyclic.CyclicUnstack()(CyclicStack()(paths())), paths())
+
+
 def test_math_layers_stand_in_the_papers_order():
     """Slice first; rolls after all convolutions and the first dense layer; pool before the last."""
-    kinds = [
-        type(layer).__name__ for layer in CyclicNetwork(layout_of("plankton"), "roll-all", 121)
-    ]
+    net = CyclicNetwork(layout_of("plankton"), "roll-all", 121, turned="maps")
+    kinds = [type(layer).__name__ for layer in net]
     assert kinds[0] == "CyclicSlice" and kinds.count("CyclicRoll") == 11
     assert kinds[-3:] == ["CyclicPool", "Dropout", "Linear"] and kinds.count("Dropout") == 3
     assert kinds.count("MaxPool2d") == 4

@@ -78,6 +78,8 @@ def main(args: Args) -> None:
         nets[variant] = cyclic.CyclicNetwork(layout, variant, 10)
         sliced = variant not in ("baseline", "half")
         pictures[variant] = quarter if sliced else args.batch_size
+    nets["roll-all, maps turned"] = cyclic.CyclicNetwork(layout, "roll-all", 10, turned="maps")
+    pictures["roll-all, maps turned"] = quarter
     if find_spec("escnn"):
         # as many fields as roll-all has filters, the first dense layer made to fit its parameters
         name = "escnn, C4 regular fields"

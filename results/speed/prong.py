@@ -9,7 +9,7 @@ Between two whitenings PRONG is SGD with one more matrix product for each layer.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -82,6 +82,7 @@ def kfac(args: Args, period: int) -> Callable[[], None]:
 def main(args: Args) -> None:
     torch.set_num_threads(args.num_threads)
     contenders = {method: update(args, method) for method in prong.Method.__args__}
+    contenders["batchnorm-256"] = update(replace(args, batch_size=256), "batchnorm")
     contenders["one whitening"] = whitening(args)
     if find_spec("singd"):
         contenders["K-FAC (singd), curvature every update"] = kfac(args, 1)
@@ -95,7 +96,7 @@ def main(args: Args) -> None:
             amortised = milliseconds + whiten / period
             what = f"prong with its whitening every {period:,} updates"
             rows.append([what, f"{amortised:.1f}", f"{amortised / took['sgd']:.2f}"])
-    titles = [f"update of the autoencoder, batch {args.batch_size}", "ms", "times SGD"]
+    titles = [f"update of the autoencoder, batch {args.batch_size} (or 256)", "ms", "times SGD"]
     tables = [markdown(titles, rows), f"One whitening of all layers takes {whiten:.0f} ms."]
     publish("Natural neural networks", args.num_threads, tables, args.output)
 
