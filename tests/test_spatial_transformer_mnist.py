@@ -193,6 +193,20 @@ def test_math_networks_of_an_experiment_have_equal_sizes(distortion):
         assert abs(count / counts["cnn", "none"] - 1) < 0.05, counts
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_math_first_convolution_is_torchs_with_its_gradients(channels):
+    layer = stn.FirstConv2d(channels, 4, 9).double()
+    x = torch.rand(3, channels, 15, 17, dtype=torch.float64, requires_grad=True)
+    ours, theirs = layer(x), F.conv2d(x, layer.weight, layer.bias)
+    torch.testing.assert_close(ours, theirs)
+    slope, wanted = torch.randn_like(ours), [x, layer.weight, layer.bias]
+    for a, b in zip(
+        torch.autograd.grad(ours, wanted, slope), torch.autograd.grad(theirs, wanted, slope)
+    ):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(layer(x.detach()), F.conv2d(x.detach(), layer.weight, layer.bias))
+
+
 @pytest.mark.parametrize("model", ["fcn", "cnn"])
 def test_math_addition_stacks_two_transformers(model):
     none, one, two = (
