@@ -18,6 +18,12 @@ TWO_OF_ONE_NAME = {"GlimpseNetwork"}  # RAM and DRAM call two networks alike
 UNANNOTATED = {"writer", "T", "log", "optimizer", "save", "evaluate_now"}
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
+LOOPED = {"seed": "1", "period": "10", "method": "sgd"}  # variables of results/commands.sh
+COMMANDS = re.sub(
+    r"\$\{?(seed|period|method)\b\}?",
+    lambda match: LOOPED[match[1]],
+    (ROOT / "results" / "commands.sh").read_text(),
+)
 
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 
@@ -168,7 +174,9 @@ def test_the_same_flag_has_the_same_help():
     assert not differing
 
 
-@pytest.mark.parametrize("command", sorted(set(commands(README) + commands(RESULTS))))
+@pytest.mark.parametrize(
+    "command", sorted({*commands(README), *commands(RESULTS), *commands(COMMANDS)})
+)
 def test_commands_of_the_documents_parse(command):
     script, *flags = shlex.split(command)
     module = importlib.import_module(Path(script).stem)

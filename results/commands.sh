@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The commands behind results/README.md, each to be run from the top folder, alone or all of them.
+# Every one writes a run folder of its own; `python results/keep.py RUN_FOLDER results/.../NAME.csv`
+# then keeps what the figures need, and `python results/plot.py` draws them.
+set -e
+
+# a3c_atari.py: 2 processes x 8 games
+python a3c_atari.py --env-id PongNoFrameskip-v4 --num-workers 2 --envs-per-worker 8 --total-timesteps 10000000 --eval-episodes 30 --run-dir runs/a3c_atari/pong
+python a3c_atari.py --num-workers 2 --envs-per-worker 8 --total-timesteps 20000000 --eval-episodes 30 --run-dir runs/a3c_atari/breakout
+
+# prong.py: condition of the Fisher matrix
+for seed in 1 2 3; do
+    for method in sgd rmsprop prong; do
+        python prong.py --task fisher --method $method --seed $seed --learning-rate 1e-2 --total-iterations 5000 --report-every 100 --run-dir runs/prong/fisher/${method}__seed$seed
+    done
+done
+
+# prong.py: the autoencoder, each method as its tuning found best
+for seed in 1 2 3; do
+    python prong.py --seed $seed --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/prong__seed$seed
+    python prong.py --method prong+ --seed $seed --epsilon 1 --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/prong+__seed$seed
+    python prong.py --method batchnorm --seed $seed --batch-size 256 --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/batchnorm-256__seed$seed
+    python prong.py --method sgd --seed $seed --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/sgd__seed$seed
+    python prong.py --method rmsprop --seed $seed --rmsprop-eps 1e-2 --learning-rate 1e-3 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/rmsprop__seed$seed
+done
+
+# prong.py: updates between two whitenings, and none at all (centred and scaled)
+for period in 10 100 10000; do
+    python prong.py --whitening-period $period --total-iterations 10000 --report-every 250 --run-dir runs/prong/period/${period}__seed1
+done
+python results/prong_scaled.py --total-iterations 10000 --report-every 250 --run-dir runs/prong/period/scaled__seed1
+
+# prong.py: CIFAR-10 with equal updates
+python prong.py --task cifar10 --batch-size 64 --total-iterations 5000 --run-dir runs/prong/cifar10/prong__seed1
+python prong.py --task cifar10 --method batchnorm --batch-size 64 --learning-rate 1e-2 --total-iterations 5000 --run-dir runs/prong/cifar10/batchnorm__seed1
+python prong.py --task cifar10 --method sgd --batch-size 64 --learning-rate 1e-1 --total-iterations 5000 --run-dir runs/prong/cifar10/sgd__seed1
