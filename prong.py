@@ -3,11 +3,16 @@
     Paper    Desjardins et al., "Natural neural networks", NIPS 2015
     Shows    whitened layers need several times fewer updates than gradient descent (figure 3)
     Run      python prong.py --total-iterations 10000
-    Result   not yet measured
+    Result   12 times fewer updates to the loss that gradient descent has after 10,000, 9 times less
+               time (means of seeds 1 to 3) in 5 minutes on 2 cores; paper: up to 10 times fewer
+    Run      python prong.py --task cifar10 --batch-size 64 --total-iterations 5000
+    Result   16.7 % validation error (seed 1; batch normalisation 19.6) in 48 minutes on one core;
+               paper: 7.32 % (8.22) of the test images after many more updates
     Run      python prong.py --task fisher --learning-rate 1e-2 --total-iterations 5000
                --report-every 100
     Result   99.9993 % lower condition number at the end (mean of seeds 1 to 3; sgd 99.98, rmsprop
-               99.997) in 11 s on one core of an AMD EPYC; paper: more than 95 % lower
+               99.997; by the first whitening alone 98.5) in 11 s on one core of an AMD EPYC; paper:
+               more than 95 % lower
 
 Departures: ours (the paper's, its first version of arXiv)
     algorithm 1 with the signs that equation 6 demands (as printed it changes the function)

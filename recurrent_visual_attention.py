@@ -451,8 +451,8 @@ class Play(NamedTuple):
     entropy: Tensor  # [T, B] of the moves
     b: Tensor  # [T, B]
     R: Tensor  # [B] 1 for a caught ball
-    screens: Tensor  # [T, B, S, S]
-    l: Tensor  # [T, B, 2] where it looked
+    screens: Tensor  # [T+1, B, S, S], the last one after the last move
+    l: Tensor  # [T+1, B, 2] where it looked, at last where it would have
 
 
 def play_catch(net: RecurrentAttentionModel, B: int, S: int, std: float, greedy: bool) -> Play:
@@ -473,8 +473,9 @@ def play_catch(net: RecurrentAttentionModel, B: int, S: int, std: float, greedy:
         entropy = -(log_pi.exp() * log_pi).sum(-1)
         frames.append((log_pi_a, log_pi_l, entropy, net.baseline(h.detach())[:, 0], screen, l))
         l, R = sample.clamp(-1, 1), game.step(a)
-    log_pi_a, log_pi_l, entropy, b, screens, locations = map(torch.stack, zip(*frames))
-    return Play(log_pi_a, log_pi_l[:-1], entropy, b, R, screens, locations)
+    log_pi_a, log_pi_l, entropy, b, screens, looked = map(torch.stack, zip(*frames))
+    screens, looked = torch.cat([screens, game.screen()[None]]), torch.cat([looked, l[None]])
+    return Play(log_pi_a, log_pi_l[:-1], entropy, b, R, screens, looked)
 
 
 def catch_loss(play: Play, args: Args) -> tuple[Tensor, dict[str, float]]:
@@ -715,7 +716,7 @@ def film_catch(net: nn.Module, args: Args, path: Path) -> None:
     """Eight games as a GIF; a red square shows where the finest patch of the retina lies."""
     S, patch_size, *_ = setting_of(args)
     play, frames = play_catch(net, 8, S, args.location_std, greedy=True), []
-    corners = ((play.l + 1) / 2 * S).round().long() - patch_size // 2  # [T, B, 2]
+    corners = ((play.l + 1) / 2 * S).round().long() - patch_size // 2  # [T+1, B, 2]
     for i in range(8):
         for screen, corner in zip(play.screens[:, i].cpu(), corners[:, i].cpu()):
             picture = screen.numpy().repeat(8, 0).repeat(8, 1)[..., None].repeat(3, 2)

@@ -174,5 +174,6 @@ def draw(experiment: Experiment) -> Path:
 
 if __name__ == "__main__":
     for experiment in EXPERIMENTS:
-        if all(name in experiment.folder for name in sys.argv[1:]):
+        measured = any((RESULTS / experiment.folder).glob("*seed*.csv"))
+        if measured and all(name in experiment.folder for name in sys.argv[1:]):
             print(draw(experiment))

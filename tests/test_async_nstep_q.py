@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -26,6 +27,8 @@ from async_nstep_q import Args, QNetwork, SharedRMSProp, Transitions
 
 ALGORITHMS = ("nstep-q", "onestep-q", "onestep-sarsa")
 TOY = {"env_id": "toy_games:Side-v0", "num_workers": 2, "eval_episodes": 4}
+
+UNHEARD = SimpleNamespace(put=lambda told: None)  # a log that nobody reads
 
 each_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
@@ -156,6 +159,7 @@ def test_math_defaults_are_the_papers():
         0.05,
     )
     assert (args.network, args.envs_per_worker) == ("small", 1)
+    assert (args.learning_rate, args.rmsprop_eps, args.max_gradient_norm) == (7e-4, 0.1, 40)
 
 
 def test_math_exploration_falls_linearly_from_1():
@@ -276,6 +280,55 @@ def test_math_sarsa_chooses_on_the_screens_it_acts_in():
     assert [(game["k"], game["l"]) for game in finished] == [(0, 7), (1, 10)]
 
 
+def test_math_rewards_are_clipped_on_both_sides():
+    (env,) = games("Clock-v0")
+    step = env.step
+
+    def halves(a):  # from -1.5 to 1.5
+        s_t, r_t, *rest = step(a)
+        return s_t, (r_t - 4) / 2, *rest
+
+    env.step = halves
+    stay = torch.zeros(1, dtype=torch.long)
+    segment, _ = next(async_nstep_q.explore([env], [1], lambda s: stay, 7, False))
+    assert segment.r_t[:, 0].tolist() == [-1, -1, -0.5, 0, 0.5, 1, 1]
+
+
+def test_math_games_differ_from_each_other_and_from_one_episode_to_the_next():
+    envs = games("Side-v0", "Side-v0")
+    segments = async_nstep_q.explore(
+        envs, [1, 2], lambda s: torch.zeros(2, dtype=torch.long), 10, False
+    )
+    played = [
+        segment.s_t[:, k, 30, 0, -1].tolist()
+        for segment, _ in (next(segments) for _ in range(3))
+        for k in range(2)
+    ]
+    assert len(set(map(tuple, played))) == 6
+
+
+def test_math_evaluation_plays_whole_games_that_differ(monkeypatch):
+    made, seeds, rates = [], [], []
+    make_env, epsilon_greedy = async_nstep_q.make_env, async_nstep_q.epsilon_greedy
+
+    def noting_make_env(env_id, training=True):
+        made.append(training)
+        env = make_env(env_id, training)
+        reset = env.reset
+        env.reset = lambda seed: (seeds.append(seed), reset(seed=seed))[1]
+        return env
+
+    def noting_epsilon(q, epsilon, generator):
+        rates.append(epsilon)
+        return epsilon_greedy(q, epsilon, generator)
+
+    monkeypatch.setattr(async_nstep_q, "make_env", noting_make_env)
+    monkeypatch.setattr(async_nstep_q, "epsilon_greedy", noting_epsilon)
+    args = dataclasses.replace(Args(**TOY), eval_episodes=20)
+    async_nstep_q.evaluate(QNetwork(2, "small"), args)
+    assert made == [False] * 20 and len(set(seeds)) == 20 and rates == [0.05] * 10
+
+
 # ---- Processes ----------------------------------------------------------------------------------
 
 
@@ -383,6 +436,65 @@ def test_math_worker_follows_algorithms_1_and_s1(algorithm, monkeypatch):
     assert len(ends) == 3 * ((steps[-1] - 40) // 30)
     assert (final_epsilons[:6] == 0.7).all() and (final_epsilons[7] == 0.7).all()
     assert set(final_epsilons[6].tolist()) <= set(torch.tensor([0.1, 0.01, 0.5]).tolist())
+
+
+def test_math_the_workers_start_with_one_network_and_many_exploration_rates(tmp_path, monkeypatch):
+    monkeypatch.setattr(async_nstep_q, "supervise", lambda role, arguments, *_: arguments)
+    args = dataclasses.replace(Args(**TOY), envs_per_worker=30, run_dir=str(tmp_path))
+    _, first_step, net, target_net, _, final_epsilons, *_ = async_nstep_q.main(args)
+    assert first_step == 0
+    assert all(map(torch.equal, net.parameters(), target_net.parameters()))
+    assert all(len(rates.unique()) == 3 for rates in final_epsilons)
+
+
+def test_math_every_worker_draws_its_own_random_numbers(monkeypatch):
+    args = Args(**TOY, total_timesteps=10, envs_per_worker=2)
+    seeds, reset_games = [], async_nstep_q.reset_games
+
+    def noting_seeds(envs, given):
+        seeds.extend((torch.initial_seed(), int(np.random.get_state()[1][0]), *given))
+        return reset_games(envs, given)
+
+    monkeypatch.setattr(async_nstep_q, "reset_games", noting_seeds)
+    for rank in range(3):
+        net = QNetwork(2, "small")
+        arguments = (args, 0, net, net, None, torch.zeros(3, 2), Locked(0), UNHEARD)
+        work_here(
+            monkeypatch, async_nstep_q, rank, arguments, lambda *_: {"losses/gradient_norm": 1.0}
+        )
+    assert len(set(seeds)) == 3 * 4
+
+
+def test_math_each_game_redraws_its_own_final_rate(monkeypatch):
+    """Every draw is another number: three games that end make three draws, one each."""
+    args = Args(**TOY, envs_per_worker=3, total_timesteps=30)
+    draws = iter(range(1, 1000))
+    net, final_epsilons, optimizer = QNetwork(2, "small"), torch.zeros(2, 3), object()
+    arguments = (args, 0, net, net, optimizer, final_epsilons, Locked(0), UNHEARD)
+
+    def update(net, target_net, given_optimizer, *_):
+        assert given_optimizer is optimizer
+        return {"losses/gradient_norm": 1.0}
+
+    def draw(count):
+        return torch.tensor([float(next(draws)) for _ in range(count)])
+
+    monkeypatch.setattr(async_nstep_q, "draw_final_epsilons", draw)
+    work_here(monkeypatch, async_nstep_q, 1, arguments, update)
+    assert final_epsilons.tolist() == [[0, 0, 0], [1, 2, 3]]
+
+
+def test_math_the_learning_rate_ends_at_0_and_never_below(monkeypatch):
+    args = Args(**TOY, envs_per_worker=3, total_timesteps=20, learning_rate=0.5)
+    net, rates = QNetwork(2, "small"), []
+    arguments = (args, 0, net, net, None, torch.zeros(1, 3), Locked(0), UNHEARD)
+
+    def update(net, target_net, optimizer, segment, learning_rate, args):
+        rates.append(learning_rate)
+        return {"losses/gradient_norm": 1.0}
+
+    work_here(monkeypatch, async_nstep_q, 0, arguments, update)
+    assert rates == [0.125, 0]  # 15 steps a segment
 
 
 @pytest.mark.parametrize(

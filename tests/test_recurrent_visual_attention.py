@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from running import ROOT
 from torch.distributions import Independent, Normal
 
@@ -129,6 +130,7 @@ def test_math_baseline_fits_the_reward():
 def glimpses(**kwargs):
     torch.manual_seed(0)
     net = RecurrentAttentionModel(8, 1, 10, lstm=False)
+    torch.nn.init.constant_(net.location.bias, 0.9)  # some samples leave the image
     x = torch.randint(0, 256, (6, 28, 28), dtype=torch.uint8)
     return net, ram.look(net, ram.integral_image(x), 5, **kwargs), x
 
@@ -196,9 +198,64 @@ def test_gradient_routes(into_core):
     assert reached["class"] == {"glimpse", "core", "action"}
     assert reached["reinforce"] == {"location"} | ({"glimpse", "core"} if into_core else set())
     assert reached["baseline"] == {"baseline"}
+    assert (seen.sample != seen.l[1:]).any()
     loss, _ = ram.hybrid_loss(net, seen, y, 0.2, 0.5)
     expected = parts["class"] + 0.5 * parts["reinforce"] + parts["baseline"]
     torch.testing.assert_close(loss, expected)
+    weights = list(net.parameters())
+    gradients = torch.autograd.grad(loss, weights, retain_graph=True)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, weights))
+
+
+def test_math_lstm_core_keeps_both_halves_of_its_state():
+    core = RecurrentAttentionModel(6, 3, 3, lstm=True).core
+    g, h, c = torch.rand(3, 5, 256)
+    torch.testing.assert_close(core(g, (h, c)), core.lstm(g, (h, c)))
+
+
+def test_gradient_of_catch_is_that_of_its_replay(monkeypatch):
+    """Every term belongs to the move and the location that followed; none flows through them."""
+    torch.manual_seed(0)
+    moves, step = [], ram.Catch.step
+    monkeypatch.setattr(ram.Catch, "step", lambda game, a: moves.append(a) or step(game, a))
+    net = RecurrentAttentionModel(6, 3, 3, lstm=True)
+    play, state = ram.play_catch(net, 64, 24, 0.2, greedy=False), net.core.initial_state(64)
+    R, l, expected = play.R, play.l.detach(), 0
+    assert len(moves) == 23 and 0 < R.mean() < 1
+    for t in range(23):
+        h, state = net(ram.integral_image(play.screens[t]), l[t], state)
+        log_pi, b = net.action(h).log_softmax(-1), net.baseline(h.detach())[:, 0]
+        score = log_pi[range(64), moves[t]]
+        if t < 22:  # the last location is used by nobody
+            score = score + ram.location_log_prob(l[t + 1], net.location(h), 0.2)
+        expected += (R - b).square() - score * (R - b).detach()
+        expected += 0.01 * (log_pi.exp() * log_pi).sum(-1)
+    loss, _ = ram.catch_loss(play, Args(task="catch"))
+    torch.testing.assert_close(loss, expected.mean())
+    weights = list(net.parameters())
+    gradients = torch.autograd.grad(loss, weights), torch.autograd.grad(expected.mean(), weights)
+    torch.testing.assert_close(*gradients)
+
+
+def test_math_catch_clips_where_it_looks_but_not_the_sample():
+    torch.manual_seed(0)
+    net = RecurrentAttentionModel(6, 3, 3, lstm=True)
+    torch.nn.init.constant_(net.location.bias, 0.9)
+    play = ram.play_catch(net, 200, 24, 0.2, greedy=False)
+    assert play.l.abs().max() == 1
+    expected = -1 - math.log(2 * math.pi * 0.2**2)  # minus the entropy of a Gaussian
+    assert play.log_pi_l.mean().item() == pytest.approx(expected, abs=0.1)
+
+
+def test_math_paths_keep_the_label_of_their_image(monkeypatch):
+    monkeypatch.setattr(ram, "look", lambda net, table, *_: table[:, -1, -1] / 28**2)
+    monkeypatch.setattr(ram, "hybrid_loss", lambda net, seen, y, *_: (seen, y))
+    labels = torch.arange(10).repeat(3)
+    digits = labels[:, None, None].expand(30, 28, 28).byte()
+    for seen, y in ram.image_losses(
+        None, Args(**DIGITS, batch_size=10, monte_carlo_samples=3), digits, labels
+    ):
+        assert len(y) == 30 and torch.equal(seen, y.float())
 
 
 # ---- Data ---------------------------------------------------------------------------------------
@@ -263,6 +320,44 @@ def test_math_a_perfect_player_catches_every_ball():
     assert R.mean() == 1
 
 
+def test_math_frozen_sets_are_those_of_every_seed():
+    sets = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        sets.append(ram.load_images(Args(**DIGITS, task="cluttered", seed=seed), "cpu"))
+    for one, other in zip(sets[0][2:], sets[1][2:]):
+        assert all(map(torch.equal, one, other))
+    digits, labels, validation, test = sets[0]
+    assert [len(digits), len(labels), len(validation.y), len(test.y)] == [1250, 1250, 250, 297]
+
+
+def test_math_catch_is_scored_greedily_and_sampled(monkeypatch):
+    class Fake:
+        def __init__(self, *_, greedy):
+            self.R = torch.tensor([float(greedy)])
+
+    monkeypatch.setattr(ram, "play_catch", Fake)
+    scores = ram.evaluate(None, Args(task="catch"), None)
+    assert scores == {"eval/caught": 100, "eval/caught_sampled": 0}
+
+
+def test_math_evaluation_averages_sampled_paths_and_follows_the_means_once(monkeypatch):
+    """Probabilities are averaged, not logits, votes or one path; random numbers stay in place."""
+    paths = iter([1e-9, 0.9, 0.9, 0.9])
+
+    def look(*_, std):
+        p = next(paths) if std else 1e-9
+        return ram.Glimpses(torch.tensor([[1 - p, p]]).log(), torch.zeros(1, 1, 2), *[None] * 3)
+
+    monkeypatch.setattr(ram, "look", look)
+    images = ram.Images(torch.zeros(1, 28, 28).byte(), torch.tensor([1]), torch.zeros(1, 2))
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    scores = ram.evaluate(None, Args(eval_samples=3), images)
+    assert scores == {"eval/error": 0, "eval/error_single_path": 100, "eval/distance": 0}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # ---- Runs ---------------------------------------------------------------------------------------
 
 
@@ -309,7 +404,9 @@ def test_command_line_catch_is_played_and_filmed(tmp_path, monkeypatch):
     monkeypatch.setattr(ram, "GAMES_IN_EVALUATION", 200)
     args = Args(task="catch", epochs=2, batch_size=256, run_dir=str(tmp_path), device="cpu")
     metrics = ram.main(args)
-    assert 0 <= metrics["eval/caught"] <= 100 and (tmp_path / "games.gif").stat().st_size > 1000
+    assert 0 <= metrics["eval/caught"] <= 100
+    with Image.open(tmp_path / "games.gif") as film:
+        assert film.n_frames == 8 * 24
 
 
 class Mnist(http.server.BaseHTTPRequestHandler):
@@ -323,6 +420,15 @@ class Mnist(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def test_learns_at_a_rate_that_falls_to_one_step_above_zero(tmp_path):
+    args = Args(**DIGITS, model="fc", epochs=2, batch_size=500, run_dir=str(tmp_path))
+    metrics = ram.main(args)
+    assert metrics["charts/learning_rate"] == pytest.approx(1e-3 / 2)
+    assert "1,charts/learning_rate,0.001\n" in (tmp_path / "metrics.csv").read_text().replace(
+        "\r", ""
+    )
 
 
 def test_learns_to_look_better_than_at_random():
