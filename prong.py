@@ -7,7 +7,7 @@
                time (means of seeds 1 to 3) in 5 minutes on 2 cores; paper: up to 10 times fewer
     Run      python prong.py --task cifar10 --batch-size 64 --total-iterations 5000
     Result   16.7 % validation error (seed 1; batch normalisation 19.6) in 48 minutes on one core;
-               paper: 7.32 % (8.22) of the test images after many more updates
+               paper: 7.32 % (8.22) of the test images after all of its training
     Run      python prong.py --task fisher --learning-rate 1e-2 --total-iterations 5000
                --report-every 100
     Result   99.9993 % lower condition number at the end (mean of seeds 1 to 3; sgd 99.98, rmsprop

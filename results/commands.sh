@@ -33,4 +33,4 @@ python results/prong_scaled.py --total-iterations 10000 --report-every 250 --run
 # prong.py: CIFAR-10 with equal updates
 python prong.py --task cifar10 --batch-size 64 --total-iterations 5000 --run-dir runs/prong/cifar10/prong__seed1
 python prong.py --task cifar10 --method batchnorm --batch-size 64 --learning-rate 1e-2 --total-iterations 5000 --run-dir runs/prong/cifar10/batchnorm__seed1
-python prong.py --task cifar10 --method sgd --batch-size 64 --learning-rate 1e-1 --total-iterations 5000 --run-dir runs/prong/cifar10/sgd__seed1
+python prong.py --task cifar10 --method sgd --batch-size 64 --learning-rate 1e-2 --total-iterations 5000 --run-dir runs/prong/cifar10/sgd__seed1
