@@ -579,7 +579,8 @@ def supervise(
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
         save(T=counter.value, seconds=seconds + time.perf_counter() - last_time)
         path = Path(writer.log_dir, "checkpoint.pt")
-        raise SystemExit(f"Stopped; go on with the same flags and --resume {path}") from None
+        way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+        raise SystemExit(f"Stopped; {way} {path}") from None
     finally:
         for process in workers.processes:
             process.terminate()

@@ -661,6 +661,22 @@ def test_bad_input_a_loss_that_explodes_stops_the_run(tmp_path):
     assert multiprocessing.active_children() == []
 
 
+def test_learns_to_its_end_then_ctrl_c_names_what_is_left_to_do(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(a3c_atari, "evaluate", interrupted)
+    args = dataclasses.replace(Args(**TOY), total_timesteps=100, run_dir=str(tmp_path))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit, match="Stopped; evaluate with --evaluate"):
+            a3c_atari.main(args)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert torch.load(tmp_path / "checkpoint.pt")["T"] >= 100
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     "name",
