@@ -439,12 +439,22 @@ def test_math_worker_follows_algorithms_1_and_s1(algorithm, monkeypatch):
 
 
 def test_math_the_workers_start_with_one_network_and_many_exploration_rates(tmp_path, monkeypatch):
-    monkeypatch.setattr(async_nstep_q, "supervise", lambda role, arguments, *_: arguments)
+    monkeypatch.setattr(async_nstep_q, "supervise", lambda *arguments: arguments)
     args = dataclasses.replace(Args(**TOY), envs_per_worker=30, run_dir=str(tmp_path))
-    _, first_step, net, target_net, _, final_epsilons, *_ = async_nstep_q.main(args)
+    _, arguments, *_, save, _ = async_nstep_q.main(args)
+    _, first_step, net, target_net, optimizer, final_epsilons, *_ = arguments
     assert first_step == 0
     assert all(map(torch.equal, net.parameters(), target_net.parameters()))
     assert all(len(rates.unique()) == 3 for rates in final_epsilons)
+
+    with torch.no_grad():  # a checkpoint holds what the workers have made of them
+        for t in (net.value.bias, target_net.value.weight, optimizer.g[2], final_epsilons):
+            t.fill_(7)
+    save(T=5, seconds=1.0)
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    for t in (saved["net"]["value.bias"], saved["target_net"]["value.weight"], saved["g"][2]):
+        assert (t == 7).all()
+    assert (saved["final_epsilons"] == 7).all()
 
 
 def test_math_every_worker_draws_its_own_random_numbers(monkeypatch):
