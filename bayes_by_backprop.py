@@ -34,9 +34,10 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import partial, reduce
 from http.client import HTTPException
 from itertools import pairwise
+from operator import add
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -103,7 +104,7 @@ class Prior(NamedTuple):
         """log of the first part's density over the second's, each with its weight."""
         slope = (self.sigma_2**-2 - self.sigma_1**-2) / 2
         at_0 = math.log(self.pi / (1 - self.pi) * self.sigma_2 / self.sigma_1)
-        return w.square().mul_(slope).add_(at_0)
+        return torch.addcmul(w.new_tensor(at_0), w, w, value=slope)
 
     def log_density(self, w: Tensor) -> Tensor:
         """log P(w_j) of each weight: log(a + b) = log a + log(1 + b / a), never the log of 0."""
@@ -114,8 +115,8 @@ class Prior(NamedTuple):
     def score(self, w: Tensor) -> Tensor:
         """d log P(w_j) / d w_j, the parts weighed by their responsibilities."""
         wide, narrow = self.sigma_1**-2, self.sigma_2**-2  # precisions
-        second = self.log_odds(w).neg_().sigmoid_()  # responsibility of the narrow part
-        return second.mul_(narrow - wide).add_(wide).mul_(w).neg_()
+        first = self.log_odds(w).sigmoid_()  # responsibility of the wide part
+        return first.mul_(narrow - wide).sub_(narrow).mul_(w)
 
 
 def log_q(eps: Tensor, sigma: Tensor) -> Tensor:
@@ -145,8 +146,9 @@ class SampledWeights(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_w: Tensor, d_kl: Tensor):
         w, rho, sigma, eps = ctx.saved_tensors
-        d_mu = ctx.prior.score(w).mul_(-d_kl).add_(d_w)
-        d_rho = (d_mu * eps).addcdiv_(-d_kl, sigma).mul_(rho.sigmoid())
+        score = ctx.prior.score(w)
+        d_mu = torch.addcmul(d_w, score, d_kl, value=-1, out=score)
+        d_rho = (d_mu * eps).addcdiv_(d_kl, sigma, value=-1).mul_(rho.sigmoid())
         return d_mu, d_rho, None, None, None
 
 
@@ -244,11 +246,9 @@ def minibatch_cost(
     epoch sum to the free energy of the whole training set. Returns both terms, the first without
     its value if that is not asked for.
     """
-    kl, error = 0, 0
-    for _ in range(samples):
-        w, kl_of_w = weights.sample(prior, valued)
-        kl, error = kl + pi_i * kl_of_w / samples, error + negative_log_likelihood(w) / samples
-    return kl, error
+    drawn = [weights.sample(prior, valued) for _ in range(samples)]
+    kl = reduce(add, [kl_of_w * (pi_i / samples) for _, kl_of_w in drawn])
+    return kl, reduce(add, [negative_log_likelihood(w) / samples for w, _ in drawn])
 
 
 # ---- The data -----------------------------------------------------------------------------------
@@ -847,11 +847,11 @@ def run_bandit(args: Args) -> dict[str, float]:
             r[slot] = r_t
 
             drawn = torch.randint(min(t + 1, BUFFER), (STEPS, BATCH))
-            for i, batch in enumerate(drawn, start=1):
-                x_i, r_i = x[batch], r[batch]
+            for i, (x_i, r_i) in enumerate(zip(x[drawn], r[drawn]), start=1):
 
                 def negative_log_likelihood(w: Tensor, x_i=x_i, r_i=r_i) -> Tensor:
-                    return (network(x_i, w, sizes) - r_i).square().sum() / (2 * std**2)
+                    error = F.mse_loss(network(x_i, w, sizes), r_i, reduction="sum")
+                    return error / (2 * std**2)
 
                 pi_i = kl_weight(i, STEPS, args.kl_weighting)
                 how = pi_i, BATCH, prior, args.samples

@@ -125,11 +125,11 @@ def interaction() -> Callable[[], None]:
     def step() -> None:
         torch.set_num_threads(1)
         bbb.choose(weights, x[0, :117], sizes, "bbb", 0)
-        for batch in torch.randint(bbb.BUFFER, (bbb.STEPS, bbb.BATCH)):
-            x_i, r_i = x[batch], r[batch]
+        drawn = torch.randint(bbb.BUFFER, (bbb.STEPS, bbb.BATCH))
+        for x_i, r_i in zip(x[drawn], r[drawn]):
 
             def negative_log_likelihood(w: torch.Tensor, x_i=x_i, r_i=r_i) -> torch.Tensor:
-                return (bbb.network(x_i, w, sizes) - r_i).square().sum() / 2
+                return F.mse_loss(bbb.network(x_i, w, sizes), r_i, reduction="sum") / 2
 
             bbb.update(weights, optimizer, negative_log_likelihood, 1 / 64, 64, prior, 1)
 
