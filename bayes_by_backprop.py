@@ -4,6 +4,10 @@
     Shows    weights with uncertainty regularise as well as dropout does (table 1)
     Run      python bayes_by_backprop.py --task mnist --method bbb
     Result   not yet measured
+    Run      python bayes_by_backprop.py --task regression --prior gaussian --prior-sigma-1 1
+               --rho-init -3 --samples 5 --learning-rate 5e-3 --epochs 1000
+    Result   16 to 22 times wider quartiles beyond the data than inside (seeds 1 to 3; a plain
+               network 1) in 50 s on one core of an AMD EPYC; paper: a drawing (figure 5)
 
 Departures: ours (the paper's)
     Adam, 1e-3, batch 128 (SGD 1e-3 to 1e-5, one flag away); rho starts at -5 (not told)
