@@ -76,7 +76,8 @@ class Args:
     interactions: int = 50_000  # bandit: mushrooms met
     batch_size: int = 128  # examples of a minibatch (bandit: 64, 64 of them after each mushroom)
     optimizer: Literal["adam", "sgd"] = "adam"  # sgd: the paper's, with --sgd-momentum
-    learning_rate: float = 1e-3  # constant
+    learning_rate: float = 1e-3  # in the first epoch
+    learning_rate_decay: float = 1.0  # mnist: factor on it after each epoch
     sgd_momentum: float = 0.0  # of --optimizer sgd
     # The run
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
@@ -472,7 +473,8 @@ def check(args: Args) -> None:
 
 KEPT = (  # flags that a resumed run has to share with its beginning
     *("seed", "batch_size", "samples", "prior", "prior_pi", "prior_sigma_1", "prior_sigma_2"),
-    *("kl_weighting", "noise_std", "optimizer", "learning_rate", "sgd_momentum"),
+    *("kl_weighting", "noise_std", "optimizer", "learning_rate", "learning_rate_decay"),
+    "sgd_momentum",
 )
 
 
@@ -636,6 +638,8 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
     try:
         for epoch in tqdm(range(first_epoch, args.epochs + 1), unit="epoch", disable=None):
             start, errors = time.perf_counter(), []
+            learning_rate = args.learning_rate * args.learning_rate_decay ** (epoch - 1)
+            optimizer.param_groups[0]["lr"] = learning_rate
             batches = torch.randperm(len(x)).to(device).split(args.batch_size)
             for i, batch in enumerate(batches, start=1):
 
@@ -653,6 +657,7 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
 
             metrics = {"losses/free_energy": kl + error, "losses/kl": kl, "losses/error": error}
             metrics["charts/SPS"] = len(x) / (time.perf_counter() - start)  # images per second
+            metrics["charts/learning_rate"] = learning_rate
             metrics["charts/minutes"] = seconds / 60
             for tag, examples in (
                 ("validation", (x_validation, y_validation)),

@@ -946,14 +946,15 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
             if not finished and step < last_step + args.report_every:
                 continue
 
-            seconds += now - last_time
+            took, last_time = now - last_time, now
+            seconds += took
             states = save(seconds)
             versions, before = [state["version"] for state in states], updates
             updates = min(versions)
             metrics = {tag: float(np.mean(values)) for tag, values in sorted(recent.items())}
             metrics |= {
-                "charts/SPS": (step - last_step) / (now - last_time),
-                "charts/updates_per_second": (updates - before) / (now - last_time),
+                "charts/SPS": (step - last_step) / took,
+                "charts/updates_per_second": (updates - before) / took,
                 "charts/updates": updates,
                 "charts/epsilon": exploration(updates, args),
                 "charts/version_skew": max(versions) - updates,
@@ -964,7 +965,7 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
             if args.optimizer == "adagrad":  # G only grows: this is what is left of the rate
                 root = math.sqrt(np.mean([state["G"].mean() for state in states]))
                 metrics["charts/learning_rate"] = args.learning_rate / root
-            recent, last_step, last_time = defaultdict(list), step, now
+            recent, last_step = defaultdict(list), step
             if finished or (args.eval_every and step >= last_evaluation + args.eval_every):
                 film = run_dir / f"game_{step}.gif" if args.capture_video else None
                 watch = (lambda: None) if finished else partial(gorila.attend, 0)

@@ -1,5 +1,7 @@
 """Draw every measured curve: results/SCRIPT/EXPERIMENT/*.csv -> curve.png beside them.
 
+overview.png has a panel for each script: the first of its experiments below.
+
     python results/plot.py              # all of them
     python results/plot.py prong        # those whose folder has this in its name
 
@@ -13,6 +15,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -49,15 +52,6 @@ class Experiment:
 
 EXPERIMENTS = [
     Experiment(
-        folder="a3c_atari/pong",
-        title="A3C on Pong, small network, 2 workers x 8 games",
-        tag="charts/episodic_return",
-        y="score of a training game",
-        paper=11.4,
-        paper_label="paper: 11.4 after 80 M steps, human starts, large network",
-        window=3,
-    ),
-    Experiment(
         folder="a3c_atari/breakout",
         title="A3C on Breakout, small network, 2 workers x 8 games",
         tag="charts/episodic_return",
@@ -65,12 +59,13 @@ EXPERIMENTS = [
         window=3,
     ),
     Experiment(
-        folder="prong/fisher",
-        title="PRONG: the middle layer's Fisher matrix while a tanh network learns digits",
-        tag="eval/condition",
-        y="condition number",
-        x=(UPDATES,),
-        logarithmic=True,
+        folder="a3c_atari/pong",
+        title="A3C on Pong, small network, 2 workers x 8 games",
+        tag="charts/episodic_return",
+        y="score of a training game",
+        paper=11.4,
+        paper_label="paper: 11.4 after 80 M steps, human starts, large network",
+        window=3,
     ),
     Experiment(
         folder="prong/autoencoder",
@@ -85,6 +80,14 @@ EXPERIMENTS = [
         title="PRONG: updates between two whitenings, same autoencoder",
         tag="eval/train_loss",
         y="training loss (nats per image)",
+        x=(UPDATES,),
+        logarithmic=True,
+    ),
+    Experiment(
+        folder="prong/fisher",
+        title="PRONG: the middle layer's Fisher matrix while a tanh network learns digits",
+        tag="eval/condition",
+        y="condition number",
         x=(UPDATES,),
         logarithmic=True,
     ),
@@ -132,48 +135,77 @@ def curve(path: Path, experiment: Experiment, x: Axis, label: str) -> tuple[np.n
     return steps * scale / x.unit, smooth(values, experiment.window)
 
 
+def measured(experiment: Experiment) -> bool:
+    return any((RESULTS / experiment.folder).glob("*seed*.csv"))
+
+
+def draw_panel(axis: plt.Axes, experiment: Experiment, x: Axis) -> None:
+    """Every line of an experiment against one axis."""
+    lines = defaultdict(list)
+    for path in sorted((RESULTS / experiment.folder).glob("*seed*.csv")):
+        lines[path.stem.rpartition("seed")[0].rstrip("_")].append(path)
+    for label, paths in lines.items():
+        curves = [curve(path, experiment, x, label) for path in paths]
+        points = np.unique(np.concatenate([xs for xs, _ in curves]))
+        shared = (points >= max(xs[0] for xs, _ in curves)) & (
+            points <= min(xs[-1] for xs, _ in curves)
+        )
+        points = points[shared]
+        values = [np.interp(points, xs, ys) for xs, ys in curves]
+        seeds = f"{len(curves)} seed" + "s" * (len(curves) > 1)
+        axis.plot(points, np.mean(values, 0), label=f"{label or 'ours'}, {seeds}")
+        if len(curves) > 1:
+            axis.fill_between(points, np.min(values, 0), np.max(values, 0), alpha=0.2)
+    if experiment.paper is not None:
+        axis.axhline(experiment.paper, color="k", ls="--", lw=1, label=experiment.paper_label)
+    axis.set(xlabel=x.label, ylabel=experiment.y)
+    if experiment.logarithmic:
+        axis.set_yscale("log")
+        lowest, highest = axis.get_ylim()
+        if highest < 100 * lowest:  # too few powers of ten to name them alone
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+    if experiment.limits:
+        axis.set_ylim(experiment.limits)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def draw(experiment: Experiment) -> Path:
     """curve.png in the experiment's folder."""
-    folder, lines = RESULTS / experiment.folder, defaultdict(list)
-    for path in sorted(folder.glob("*seed*.csv")):
-        lines[path.stem.rpartition("seed")[0].rstrip("_")].append(path)
-
     panels = len(experiment.x)
     figure, axes = plt.subplots(1, panels, figsize=(6 if panels == 1 else 5 * panels, 3.6))
     for axis, x in zip(np.atleast_1d(axes), experiment.x):
-        for label, paths in lines.items():
-            curves = [curve(path, experiment, x, label) for path in paths]
-            points = np.unique(np.concatenate([xs for xs, _ in curves]))
-            shared = (points >= max(xs[0] for xs, _ in curves)) & (
-                points <= min(xs[-1] for xs, _ in curves)
-            )
-            points = points[shared]
-            values = [np.interp(points, xs, ys) for xs, ys in curves]
-            seeds = f"{len(curves)} seed" + "s" * (len(curves) > 1)
-            axis.plot(points, np.mean(values, 0), label=f"{label or 'ours'}, {seeds}")
-            if len(curves) > 1:
-                axis.fill_between(points, np.min(values, 0), np.max(values, 0), alpha=0.2)
-        if experiment.paper is not None:
-            axis.axhline(experiment.paper, color="k", ls="--", lw=1, label=experiment.paper_label)
-        axis.set(xlabel=x.label, ylabel=experiment.y)
-        if experiment.logarithmic:
-            axis.set_yscale("log")
-            lowest, highest = axis.get_ylim()
-            if highest < 100 * lowest:  # too few powers of ten to name them alone
-                axis.yaxis.set_major_formatter("{x:g}")
-                axis.yaxis.set_minor_formatter("{x:g}")
-        if experiment.limits:
-            axis.set_ylim(experiment.limits)
-        axis.spines[["top", "right"]].set_visible(False)
+        draw_panel(axis, experiment, x)
     np.atleast_1d(axes)[-1].legend(frameon=False)
     figure.suptitle(experiment.title, fontsize=11)
-    figure.savefig(folder / "curve.png", dpi=110, bbox_inches="tight")
+    path = RESULTS / experiment.folder / "curve.png"
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
-    return folder / "curve.png"
+    return path
+
+
+def draw_overview() -> Path:
+    """overview.png: of every script the first of its experiments that is measured."""
+    first = {}
+    for experiment in filter(measured, EXPERIMENTS):
+        first.setdefault(experiment.folder.split("/")[0], experiment)
+    columns = min(3, len(first))
+    rows = -(-len(first) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False)
+    for axis, (script, experiment) in zip(axes.flat, first.items()):
+        draw_panel(axis, experiment, experiment.x[0])
+        axis.set_title(f"{script}.py\n{fill(experiment.title, 60)}", fontsize=9)
+        axis.legend(frameon=False, fontsize=7)
+    for axis in axes.flat[len(first) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "overview.png", dpi=80)
+    plt.close(figure)
+    return RESULTS / "overview.png"
 
 
 if __name__ == "__main__":
-    for experiment in EXPERIMENTS:
-        measured = any((RESULTS / experiment.folder).glob("*seed*.csv"))
-        if measured and all(name in experiment.folder for name in sys.argv[1:]):
+    for experiment in filter(measured, EXPERIMENTS):
+        if all(name in experiment.folder for name in sys.argv[1:]):
             print(draw(experiment))
+    print(draw_overview())
