@@ -362,8 +362,11 @@ def without_times(metrics):
 
 @pytest.mark.parametrize("method", ["bbb", "sgd", "dropout"])
 def test_learns_digits_and_goes_on_bit_for_bit(method, tmp_path):
-    args = Args(method=method, **TINY, epochs=6, batch_size=32, learning_rate=5e-3)
+    rates = dict(learning_rate=6e-3, learning_rate_decay=0.9)
+    args = Args(method=method, **TINY, **rates, epochs=6, batch_size=32)
     metrics = bbb.main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
+    optimizer = torch.load(tmp_path / "whole/checkpoint.pt")["optimizer"]
+    assert optimizer["param_groups"][0]["lr"] == pytest.approx(6e-3 * 0.9**5)
     assert metrics["eval/error"] < 45  # 90 is chance
     rows = [r.split(",") for r in (tmp_path / "whole/metrics.csv").read_text().splitlines()]
     errors = [float(v) for _, tag, v in rows if tag == "validation/error_of_mean"]
