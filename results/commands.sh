@@ -35,6 +35,12 @@ python prong.py --task cifar10 --batch-size 64 --total-iterations 5000 --run-dir
 python prong.py --task cifar10 --method batchnorm --batch-size 64 --learning-rate 1e-2 --total-iterations 5000 --run-dir runs/prong/cifar10/batchnorm__seed1
 python prong.py --task cifar10 --method sgd --batch-size 64 --learning-rate 1e-2 --total-iterations 5000 --run-dir runs/prong/cifar10/sgd__seed1
 
+# bayes_by_backprop.py: MNIST
+python bayes_by_backprop.py --prior-sigma-2 0.000335 --epochs 300 --run-dir runs/bayes_by_backprop/bbb__seed1
+python bayes_by_backprop.py --method dropout --epochs 300 --run-dir runs/bayes_by_backprop/dropout__seed1
+python bayes_by_backprop.py --method sgd --epochs 300 --run-dir runs/bayes_by_backprop/sgd__seed1
+python bayes_by_backprop.py --method sgd --optimizer sgd --learning-rate 0.1 --learning-rate-decay 0.92 --epochs 40 --run-dir runs/bayes_by_backprop/sgd-by-sgd__seed1
+
 # bayes_by_backprop.py: the regression of figure 5
 for seed in 1 2 3; do
     python bayes_by_backprop.py --task regression --seed $seed --prior gaussian --prior-sigma-1 1 --rho-init -3 --samples 5 --learning-rate 5e-3 --epochs 1000 --run-dir runs/bayes_by_backprop/regression__seed$seed

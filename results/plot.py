@@ -34,6 +34,7 @@ class Axis(NamedTuple):
 
 STEPS = Axis("agent steps (millions)", 1e6)
 UPDATES = Axis("updates (thousands)", 1e3)
+EPOCHS = Axis("epochs")
 
 
 @dataclass
@@ -66,6 +67,16 @@ EXPERIMENTS = [
         paper=11.4,
         paper_label="paper: 11.4 after 80 M steps, human starts, large network",
         window=3,
+    ),
+    Experiment(
+        folder="bayes_by_backprop/mnist",
+        title="Bayes by Backprop and its rivals: MNIST, 2 x 400 units (figure 2)",
+        tag="test/error_of_mean",
+        y="test error (%)",
+        x=(EPOCHS,),
+        paper=1.36,
+        paper_label="paper, Bayes by Backprop: 1.36 after 600 epochs",
+        limits=(1.1, 2.4),
     ),
     Experiment(
         folder="prong/autoencoder",

@@ -426,7 +426,7 @@ def test_learns_what_to_eat_and_goes_on_bit_for_bit(agent, tmp_path):
         ({"data_dir": "nowhere", "task": "bandit"}, "--bandit-data breast-cancer"),
         ({"batch_size": 0}, "--batch-size must lie"),
         ({"prior_pi": 1.0}, "--prior-pi must lie between 0 and 1"),
-        ({"prior_sigma_2": 0.9}, "--prior-sigma-2 above 0 and not above the first"),
+        ({"prior_sigma_2": 1.1}, "--prior-sigma-2 above 0 and not above the first"),
         ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
         ({"task": "bandit", "method": "sgd"}, "--method is for --task mnist"),
         ({"agent": "greedy"}, "--agent is for --task bandit"),

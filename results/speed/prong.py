@@ -82,7 +82,8 @@ def kfac(args: Args, period: int) -> Callable[[], None]:
 def main(args: Args) -> None:
     torch.set_num_threads(args.num_threads)
     contenders = {method: update(args, method) for method in prong.Method.__args__}
-    contenders["batchnorm-256"] = update(replace(args, batch_size=256), "batchnorm")
+    for method in prong.Method.__args__:
+        contenders[f"{method}-256"] = update(replace(args, batch_size=256), method)
     contenders["one whitening"] = whitening(args)
     if find_spec("singd"):
         contenders["K-FAC (singd), curvature every update"] = kfac(args, 1)
