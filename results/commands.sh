@@ -24,6 +24,12 @@ for seed in 1 2 3; do
     python prong.py --method rmsprop --seed $seed --rmsprop-eps 1e-2 --learning-rate 1e-3 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/rmsprop__seed$seed
 done
 
+# prong.py: the autoencoder with batches of 256
+python prong.py --batch-size 256 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/prong-256__seed1
+python prong.py --method prong+ --batch-size 256 --epsilon 1 --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/prong+-256__seed1
+python prong.py --method sgd --batch-size 256 --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/sgd-256__seed1
+python prong.py --method rmsprop --batch-size 256 --rmsprop-eps 1e-2 --learning-rate 1e-3 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/rmsprop-256__seed1
+
 # prong.py: updates between two whitenings, and none at all (centred and scaled)
 for period in 10 100 10000; do
     python prong.py --whitening-period $period --total-iterations 10000 --report-every 250 --run-dir runs/prong/period/${period}__seed1
