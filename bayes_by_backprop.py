@@ -12,8 +12,8 @@
 Departures: ours (the paper's)
     Adam, 1e-3, on mnist 1.5 % less after each epoch, batch 128 (SGD 1e-3 to 1e-5, one flag away)
     rho starts at -8 (not told)
-    KL / M in each of M minibatches (2^(M-i) / (2^M - 1), one flag away: its first minibatches of an
-      epoch carry all of the KL, which Adam's second moment does not forgive)
+    KL / M in each of M minibatches (2^(M-i) / (2^M - 1), one flag away: the first minibatches of an
+      epoch carry nearly all of the KL)
     prior pi 1/4, -log sigma_1 = 0, -log sigma_2 = 8 (searched, the choice not told)
     the step descends the cost of a minibatch divided by its size (mean or sum not told)
     dropout: half of the hidden units, a fifth of the pixels (after Hinton et al., not told)
