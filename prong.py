@@ -2,9 +2,9 @@
 
     Paper    Desjardins et al., "Natural neural networks", NIPS 2015
     Shows    whitened layers need several times fewer updates than gradient descent (figure 3)
-    Run      python prong.py --total-iterations 10000
+    Run      python prong.py --batch-size 256 --total-iterations 10000
     Result   12 times fewer updates to the loss that gradient descent has after 10,000, 9 times less
-               time (means of seeds 1 to 3) in 5 minutes on 2 cores; paper: up to 10 times fewer
+               time (means of seeds 1 to 3) in 7 minutes on 2 cores; paper: up to 10 times fewer
     Run      python prong.py --task cifar10 --batch-size 64 --total-iterations 5000
     Result   16.7 % validation error (seed 1; batch normalisation 19.6) in 48 minutes on one core;
                paper: 7.32 % (8.22) of the test images after all of its training

@@ -17,18 +17,20 @@ done
 
 # prong.py: the autoencoder, each method as its tuning found best
 for seed in 1 2 3; do
-    python prong.py --seed $seed --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/prong__seed$seed
-    python prong.py --method prong+ --seed $seed --epsilon 1 --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/prong+__seed$seed
+    python prong.py --seed $seed --batch-size 256 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/prong-256__seed$seed
+    python prong.py --method prong+ --seed $seed --batch-size 256 --epsilon 1 --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/prong+-256__seed$seed
     python prong.py --method batchnorm --seed $seed --batch-size 256 --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/batchnorm-256__seed$seed
-    python prong.py --method sgd --seed $seed --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/sgd__seed$seed
-    python prong.py --method rmsprop --seed $seed --rmsprop-eps 1e-2 --learning-rate 1e-3 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/rmsprop__seed$seed
+    python prong.py --method sgd --seed $seed --batch-size 256 --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/sgd-256__seed$seed
+    python prong.py --method rmsprop --seed $seed --batch-size 256 --rmsprop-eps 1e-2 --learning-rate 1e-3 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/rmsprop-256__seed$seed
 done
 
-# prong.py: the autoencoder with batches of 256
-python prong.py --batch-size 256 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/prong-256__seed1
-python prong.py --method prong+ --batch-size 256 --epsilon 1 --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/prong+-256__seed1
-python prong.py --method sgd --batch-size 256 --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/sgd-256__seed1
-python prong.py --method rmsprop --batch-size 256 --rmsprop-eps 1e-2 --learning-rate 1e-3 --total-iterations 10000 --report-every 250 --run-dir runs/prong/autoencoder/rmsprop-256__seed1
+# prong.py: the autoencoder with the paper's batch
+for seed in 1 2 3; do
+    python prong.py --seed $seed --total-iterations 10000 --report-every 250 --run-dir runs/prong/batch_128/prong__seed$seed
+    python prong.py --method prong+ --seed $seed --epsilon 1 --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/batch_128/prong+__seed$seed
+    python prong.py --method sgd --seed $seed --learning-rate 1e-2 --total-iterations 10000 --report-every 250 --run-dir runs/prong/batch_128/sgd__seed$seed
+    python prong.py --method rmsprop --seed $seed --rmsprop-eps 1e-2 --learning-rate 1e-3 --total-iterations 10000 --report-every 250 --run-dir runs/prong/batch_128/rmsprop__seed$seed
+done
 
 # prong.py: updates between two whitenings, and none at all (centred and scaled)
 for period in 10 100 10000; do

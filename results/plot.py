@@ -87,6 +87,14 @@ EXPERIMENTS = [
         logarithmic=True,
     ),
     Experiment(
+        folder="prong/batch_128",
+        title="PRONG: the same with batches of 128 images, the paper's",
+        tag="eval/train_loss",
+        y="training loss (nats per image)",
+        x=(UPDATES,),
+        logarithmic=True,
+    ),
+    Experiment(
         folder="prong/period",
         title="PRONG: updates between two whitenings, same autoencoder",
         tag="eval/train_loss",
@@ -187,7 +195,8 @@ def draw(experiment: Experiment) -> Path:
     figure, axes = plt.subplots(1, panels, figsize=(6 if panels == 1 else 5 * panels, 3.6))
     for axis, x in zip(np.atleast_1d(axes), experiment.x):
         draw_panel(axis, experiment, x)
-    np.atleast_1d(axes)[-1].legend(frameon=False)
+    place = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if panels > 1 else {}
+    np.atleast_1d(axes)[-1].legend(frameon=False, **place)
     figure.suptitle(experiment.title, fontsize=11)
     path = RESULTS / experiment.folder / "curve.png"
     figure.savefig(path, dpi=110, bbox_inches="tight")
