@@ -35,6 +35,7 @@ class Axis(NamedTuple):
 STEPS = Axis("agent steps (millions)", 1e6)
 UPDATES = Axis("updates (thousands)", 1e3)
 EPOCHS = Axis("epochs")
+MUSHROOMS = Axis("mushrooms met (thousands)", 1e3)
 
 
 @dataclass
@@ -77,6 +78,14 @@ EXPERIMENTS = [
         paper=1.36,
         paper_label="paper, Bayes by Backprop: 1.36 after 600 epochs",
         limits=(1.1, 2.4),
+    ),
+    Experiment(
+        folder="bayes_by_backprop/bandit",
+        title="Bayes by Backprop and greedy agents: mushrooms to eat or to leave (figure 6)",
+        tag="charts/regret",
+        y="cumulative regret",
+        x=(MUSHROOMS,),
+        logarithmic=True,
     ),
     Experiment(
         folder="prong/autoencoder",

@@ -360,6 +360,14 @@ def without_times(metrics):
     return {k: v for k, v in metrics.items() if k not in ("charts/SPS", "charts/minutes")}
 
 
+def test_the_rate_is_the_tasks_own_unless_it_is_given():
+    assert bbb.learning_rate_of(Args()) == 1e-3
+    assert bbb.learning_rate_of(Args(), 3) == pytest.approx(1e-3 * 0.985**2)
+    assert bbb.learning_rate_of(Args(task="bandit")) == 3e-5
+    given = Args(task="bandit", learning_rate=0.1)
+    assert bbb.optimizer_of(WeightPosterior((4, 2), -1.0), given).param_groups[0]["lr"] == 0.1
+
+
 @pytest.mark.parametrize("method", ["bbb", "sgd", "dropout"])
 def test_learns_digits_and_goes_on_bit_for_bit(method, tmp_path):
     rates = dict(learning_rate=6e-3, learning_rate_decay=0.9)
@@ -451,7 +459,7 @@ def test_bad_input_other_method(tmp_path):
     checkpoint = str(tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match="was made with method=bbb, not with method=sgd"):
         bbb.main(dataclasses.replace(args, method="sgd", evaluate=checkpoint))
-    with pytest.raises(SystemExit, match=r"learning_rate=0\.001, not with learning_rate=0\.01"):
+    with pytest.raises(SystemExit, match=r"learning_rate=0\.0, not with learning_rate=0\.01"):
         bbb.main(dataclasses.replace(args, learning_rate=0.01, resume=checkpoint, run_dir=""))
     with pytest.raises(SystemExit, match="raise --epochs"):
         bbb.main(dataclasses.replace(args, resume=checkpoint, run_dir=""))
