@@ -337,6 +337,31 @@ def test_math_agents_choose_the_action_of_higher_value(monkeypatch):
     assert np.mean(chosen) == pytest.approx(0.75, abs=0.04)
 
 
+def test_math_mistakes_are_counted_over_all_mushrooms():
+    """An agent that eats all in one draw and nothing in the next; its own noise is left alone."""
+    contexts, edible = torch.zeros(10, 1), torch.arange(10) < 3
+    always, never = torch.tensor([0.0, 0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])
+
+    class Alternating:
+        def __init__(self, *draws):
+            self.draws = list(draws)
+
+        def draw(self):
+            self.draws.append(self.draws.pop(0) + 0 * torch.randn(4))
+            return self.draws[-1]
+
+    def counted(agent, *draws):
+        args = Args(task="bandit", agent=agent, eval_samples=4)
+        return bbb.mistakes(Alternating(*draws), contexts, edible, (3, 1), args)
+
+    before = torch.get_rng_state()
+    half = {"eval/edible_left": 15.0, "eval/poisonous_eaten": 35.0}
+    assert counted("greedy", always, never) == pytest.approx(half)
+    everything = {"eval/edible_left": 0.0, "eval/poisonous_eaten": 70.0}
+    assert counted("bbb", 2 * always, never) == pytest.approx(everything)
+    assert (torch.get_rng_state() == before).all()
+
+
 def test_math_mushrooms_are_read_as_published(tmp_path):
     (tmp_path / "mushroom").mkdir()
     rows = ["e," + ",".join("ab" * 11), "p," + ",".join("ba" * 11), "e," + ",".join("aa" * 11)]
@@ -363,7 +388,7 @@ def without_times(metrics):
 def test_the_rate_is_the_tasks_own_unless_it_is_given():
     assert bbb.learning_rate_of(Args()) == 1e-3
     assert bbb.learning_rate_of(Args(), 3) == pytest.approx(1e-3 * 0.985**2)
-    assert bbb.learning_rate_of(Args(task="bandit")) == 3e-5
+    assert bbb.learning_rate_of(Args(task="bandit")) == 1e-5
     given = Args(task="bandit", learning_rate=0.1)
     assert bbb.optimizer_of(WeightPosterior((4, 2), -1.0), given).param_groups[0]["lr"] == 0.1
 
@@ -421,6 +446,8 @@ def test_learns_what_to_eat_and_goes_on_bit_for_bit(agent, tmp_path):
     path = str(tmp_path / "half" / "checkpoint.pt")
     assert without_times(bbb.main(dataclasses.replace(args, resume=path))) == without_times(metrics)
     assert metrics["charts/regret"] < 70 * 4.5  # a random agent's is 5 a mushroom
+    evaluated = bbb.main(dataclasses.replace(args, evaluate=path))
+    assert len(evaluated) == 2 and evaluated == {tag: metrics[tag] for tag in evaluated}
     assert (tmp_path / "whole" / "regret.png").stat().st_size > 0
 
 
@@ -439,7 +466,7 @@ def test_learns_what_to_eat_and_goes_on_bit_for_bit(agent, tmp_path):
         ({"task": "bandit", "method": "sgd"}, "--method is for --task mnist"),
         ({"agent": "greedy"}, "--agent is for --task bandit"),
         ({"task": "bandit", "device": "cuda"}, "runs on one core"),
-        ({"evaluate": "x.pt", "task": "bandit", "bandit_data": "breast-cancer"}, "nothing to eval"),
+        ({"evaluate": "x.pt", "task": "bandit", "bandit_data": "breast-cancer"}, "x.pt is missing"),
         ({"rho_init": 1e30}, "loss is (nan|inf) in step 1 of epoch 1"),
     ],
 )
