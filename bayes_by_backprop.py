@@ -2,12 +2,17 @@
 
     Paper    Blundell et al., "Weight uncertainty in neural networks", ICML 2015
     Shows    weights with uncertainty regularise as well as dropout does (table 1)
-    Run      python bayes_by_backprop.py --task mnist --method bbb
-    Result   not yet measured
+    Run      python bayes_by_backprop.py --prior-sigma-2 0.000335 --epochs 300
+    Result   1.56 % test error (seed 1; dropout 1.27, a plain network 1.45) in 35 min on one core of
+               an AMD EPYC; paper: 1.36 after 600 epochs (1.51, 1.83)
     Run      python bayes_by_backprop.py --task regression --prior gaussian --prior-sigma-1 1
                --rho-init -3 --samples 5 --learning-rate 5e-3 --epochs 1000
     Result   16 to 22 times wider quartiles beyond the data than inside (seeds 1 to 3; a plain
                network 1) in 50 s on one core of an AMD EPYC; paper: a drawing (figure 5)
+    Run      python bayes_by_backprop.py --task bandit --prior gaussian --prior-sigma-1 0.368
+               --rho-init -3
+    Result   regret 6,575 after 50,000 mushrooms (seed 1), at the end by 80 more each 1,000, in
+               54 min on one core of the same; paper: 5,700
 
 Departures: ours (the paper's)
     Adam, 1e-3, on mnist 1.5 % less after each epoch, batch 128 (SGD 1e-3 to 1e-5, one flag away)

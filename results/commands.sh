@@ -53,3 +53,12 @@ python bayes_by_backprop.py --method sgd --optimizer sgd --learning-rate 0.1 --l
 for seed in 1 2 3; do
     python bayes_by_backprop.py --task regression --seed $seed --prior gaussian --prior-sigma-1 1 --rho-init -3 --samples 5 --learning-rate 5e-3 --epochs 1000 --run-dir runs/bayes_by_backprop/regression__seed$seed
 done
+
+# bayes_by_backprop.py: mushrooms
+python bayes_by_backprop.py --task bandit --prior gaussian --prior-sigma-1 0.368 --rho-init -3 --run-dir runs/bayes_by_backprop/bandit/bbb-50000__seed1
+for seed in 1 2 3; do
+    python bayes_by_backprop.py --task bandit --seed $seed --prior gaussian --prior-sigma-1 0.368 --rho-init -3 --interactions 10000 --run-dir runs/bayes_by_backprop/bandit/bbb__seed$seed
+    for agent in greedy greedy-1 greedy-5; do
+        python bayes_by_backprop.py --task bandit --agent $agent --seed $seed --interactions 10000 --run-dir runs/bayes_by_backprop/bandit/${agent}__seed$seed
+    done
+done
