@@ -51,14 +51,30 @@ python bayes_by_backprop.py --method sgd --optimizer sgd --learning-rate 0.1 --l
 
 # bayes_by_backprop.py: the regression of figure 5
 for seed in 1 2 3; do
-    python bayes_by_backprop.py --task regression --seed $seed --prior gaussian --prior-sigma-1 1 --rho-init -3 --samples 5 --learning-rate 5e-3 --epochs 1000 --run-dir runs/bayes_by_backprop/regression__seed$seed
+    python bayes_by_backprop.py --task regression --seed $seed --prior gaussian --prior-sigma-1 1 --kl-weighting uniform --rho-init -3 --samples 5 --learning-rate 5e-3 --epochs 1000 --run-dir runs/bayes_by_backprop/regression__seed$seed
 done
 
 # bayes_by_backprop.py: mushrooms
-python bayes_by_backprop.py --task bandit --prior gaussian --prior-sigma-1 0.368 --rho-init -3 --run-dir runs/bayes_by_backprop/bandit/bbb-50000__seed1
+python bayes_by_backprop.py --task bandit --prior gaussian --prior-sigma-1 0.368 --kl-weighting uniform --rho-init -3 --run-dir runs/bayes_by_backprop/bandit/bbb-50000__seed1
 for seed in 1 2 3; do
-    python bayes_by_backprop.py --task bandit --seed $seed --prior gaussian --prior-sigma-1 0.368 --rho-init -3 --interactions 10000 --run-dir runs/bayes_by_backprop/bandit/bbb__seed$seed
+    python bayes_by_backprop.py --task bandit --seed $seed --prior gaussian --prior-sigma-1 0.368 --kl-weighting uniform --rho-init -3 --interactions 10000 --run-dir runs/bayes_by_backprop/bandit/bbb__seed$seed
     for agent in greedy greedy-1 greedy-5; do
         python bayes_by_backprop.py --task bandit --agent $agent --seed $seed --interactions 10000 --run-dir runs/bayes_by_backprop/bandit/${agent}__seed$seed
     done
 done
+
+# spatial_transformer_mnist.py: fully connected classifiers
+for transform in none affine tps; do
+    for seed in 1 2 3; do
+        python spatial_transformer_mnist.py --transform $transform --seed $seed --learning-rate 0.03 --localisation-learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/R_fcn/${transform}__seed$seed
+    done
+    for distortion in RTS P E; do
+        python spatial_transformer_mnist.py --distortion $distortion --transform $transform --learning-rate 0.03 --localisation-learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_fcn/${transform}__seed1
+    done
+done
+for transform in none affine; do
+    python spatial_transformer_mnist.py --distortion TC --transform $transform --learning-rate 0.03 --localisation-learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_fcn/${transform}__seed1
+done
+python spatial_transformer_mnist.py --task addition --transform none --learning-rate 0.03 --localisation-learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/addition_fcn/none__seed1
+python spatial_transformer_mnist.py --task addition --learning-rate 0.03 --localisation-learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine-1__seed1
+python spatial_transformer_mnist.py --task addition --num-transformers 2 --learning-rate 0.03 --localisation-learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine-2__seed1

@@ -128,6 +128,29 @@ EXPERIMENTS = [
     ),
 ]
 
+TRANSFORMED = {  # distortion: the paper's errors with an affine transformer, FCN and CNN
+    "R": (1.2, 0.7),
+    "RTS": (0.8, 0.5),
+    "P": (1.5, 0.8),
+    "E": (2.7, 1.2),
+    "TC": (2.0, 1.7),
+    "addition": (9.0, None),
+}
+for distortion, errors in TRANSFORMED.items():
+    for model, error in zip(("FCN", "CNN"), errors):
+        EXPERIMENTS.append(
+            Experiment(
+                folder=f"spatial_transformer_mnist/{distortion}_{model.lower()}",
+                title=f"Spatial transformers, {model}, {distortion}",
+                tag="eval/error",
+                y="test error (%)",
+                x=(UPDATES,),
+                paper=error,
+                paper_label=f"paper, affine: {error} after 150,000",
+                logarithmic=True,
+            )
+        )
+
 
 def read(path: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one tag."""

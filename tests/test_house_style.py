@@ -18,14 +18,16 @@ TWO_OF_ONE_NAME = {"GlimpseNetwork"}  # RAM and DRAM call two networks alike
 UNANNOTATED = {"writer", "T", "log", "optimizer", "save", "evaluate_now"}
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
-LOOPED = {
+LOOPED = {  # variables of results/commands.sh
     "seed": "1",
     "period": "10",
     "method": "sgd",
     "agent": "greedy",
-}  # variables of results/commands.sh
+    "distortion": "R",
+    "transform": "affine",
+}
 COMMANDS = re.sub(
-    r"\$\{?(seed|period|method|agent)\b\}?",
+    rf"\$\{{?({'|'.join(LOOPED)})\b\}}?",
     lambda match: LOOPED[match[1]],
     (ROOT / "results" / "commands.sh").read_text(),
 )
