@@ -634,8 +634,9 @@ def draw_transformations(net: TransformerNetwork, examples: Examples, path: Path
         for t in range(points.shape[1]):
             size = math.isqrt(points.shape[2])
             grid = ((points[i, t].view(size, size, 2) + 1) / 2 * (S - 1)).cpu().numpy()
-            frame = [grid[0], grid[:, -1], grid[-1, ::-1], grid[::-1, 0]]
-            axes[0, i].plot(*np.concatenate(frame).T, color=colours[t % 2], lw=1)
+            shown = np.linspace(0, size - 1, 5).round().astype(int)  # of its rows and columns
+            for line in (*grid[shown], *grid[:, shown].swapaxes(0, 1)):
+                axes[0, i].plot(*line.T, color=colours[t % 2], lw=0.7)
         axes[1, i].imshow(V[i].amax(0).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
         for axis in axes[:, i]:
             height, width = axis.get_images()[0].get_array().shape
