@@ -2,8 +2,10 @@
 
     Paper    Jaderberg et al., "Spatial transformer networks", NIPS 2015
     Shows    a transformer in front of a network undoes distortions of digits (table 1)
-    Run      python spatial_transformer_mnist.py --model fcn --transform affine --distortion R
-    Result   not yet measured
+    Run      python spatial_transformer_mnist.py --learning-rate 0.03 --sgd-momentum 0.9
+               --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500
+    Result   2.04 % of turned digits wrong (seeds 1 to 3; without a transformer 3.61, with a spline
+               1.83) in 4 min on one core of an AMD EPYC; paper: 1.2 (2.1, 1.1)
 
 Departures: ours (the paper's)
     canvas 28x28 for R, 42x42 for RTS, P and E, 60x60 for TC (told for RTS and TC alone)
@@ -13,8 +15,9 @@ Departures: ours (the paper's)
       numbers not told): an FCN has 200 hidden units on R, 118 on 42x42, 73 on TC (128 to 256)
     distortions drawn anew for every minibatch, of images drawn independently (not told;
       --fixed-distortions: one frozen copy)
-    P draws corners again that would tear a digit; E moves the points that are read, not those that
-      are written; control points reach from -0.9 to 0.9; clutter is added and clipped (not told)
+    P moves the corners of the canvas, draws again what would tear it; E moves the points that are
+      read, not those that are written; control points reach from -0.9 to 0.9; clutter is added and
+      clipped (not told)
     localisation network with a tenth of the learning rate (told for SVHN alone), no momentum; in a
       CNN it sees means of 2x2 pixels; two transformers start a quarter of the width apart (no word)
     -1 and 1 are the centres of the outermost pixels (not told)
@@ -435,9 +438,10 @@ def distort(
     noise = partial(torch.randn, generator=generator, device=device)
     if distortion == "P":
         corners = torch.tensor([[-1.0, -1], [1, -1], [-1, 1], [1, 1]], device=device)
+        corners *= (S - 1) / 27  # of the canvas
         square = corners * scale[:, None, None]
         moved = square + noise(B, 4, 2) * 5 / 13.5
-        for _ in range(4):  # draw again what the horizon tears or nearly does: 1 in 20 each time
+        for _ in range(4):  # draw again what the horizon tears or nearly does
             theta = homography(moved, corners.expand(B, -1, -1))
             w = (moved * theta[:, None, 6:]).sum(-1) + 1  # [B, 4], the divisors at the corners
             torn = w.amin(1) < 0.1 * w.amax(1)

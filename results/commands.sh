@@ -66,15 +66,15 @@ done
 # spatial_transformer_mnist.py: fully connected classifiers
 for transform in none affine tps; do
     for seed in 1 2 3; do
-        python spatial_transformer_mnist.py --transform $transform --seed $seed --learning-rate 0.03 --localisation-learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/R_fcn/${transform}__seed$seed
+        python spatial_transformer_mnist.py --transform $transform --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/R_fcn/${transform}__seed$seed
     done
     for distortion in RTS P E; do
-        python spatial_transformer_mnist.py --distortion $distortion --transform $transform --learning-rate 0.03 --localisation-learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_fcn/${transform}__seed1
+        python spatial_transformer_mnist.py --distortion $distortion --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_fcn/${transform}__seed1
     done
 done
 for transform in none affine; do
-    python spatial_transformer_mnist.py --distortion TC --transform $transform --learning-rate 0.03 --localisation-learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_fcn/${transform}__seed1
+    python spatial_transformer_mnist.py --distortion TC --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_fcn/${transform}__seed1
 done
-python spatial_transformer_mnist.py --task addition --transform none --learning-rate 0.03 --localisation-learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/addition_fcn/none__seed1
-python spatial_transformer_mnist.py --task addition --learning-rate 0.03 --localisation-learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine-1__seed1
-python spatial_transformer_mnist.py --task addition --num-transformers 2 --learning-rate 0.03 --localisation-learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine-2__seed1
+python spatial_transformer_mnist.py --task addition --transform none --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/addition_fcn/none__seed1
+python spatial_transformer_mnist.py --task addition --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine-1__seed1
+python spatial_transformer_mnist.py --task addition --num-transformers 2 --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine-2__seed1

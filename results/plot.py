@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 RESULTS = Path(__file__).parent
 
@@ -128,20 +129,20 @@ EXPERIMENTS = [
     ),
 ]
 
-TRANSFORMED = {  # distortion: the paper's errors with an affine transformer, FCN and CNN
-    "R": (1.2, 0.7),
-    "RTS": (0.8, 0.5),
-    "P": (1.5, 0.8),
-    "E": (2.7, 1.2),
-    "TC": (2.0, 1.7),
-    "addition": (9.0, None),
+TRANSFORMED = {  # distortion: what it is, the paper's errors of an affine FCN and of a CNN
+    "R": ("turned digits", 1.2, 0.7),
+    "RTS": ("turned, scaled and moved digits", 0.8, 0.5),
+    "P": ("projected digits", 1.5, 0.8),
+    "E": ("bent digits", 2.7, 1.2),
+    "TC": ("moved digits among clutter", 2.0, 1.7),
+    "addition": ("the sum of two digits", 9.0, None),
 }
-for distortion, errors in TRANSFORMED.items():
-    for model, error in zip(("FCN", "CNN"), errors):
+for distortion, (what, *errors) in TRANSFORMED.items():
+    for model, error in zip(("fcn", "cnn"), errors):
         EXPERIMENTS.append(
             Experiment(
-                folder=f"spatial_transformer_mnist/{distortion}_{model.lower()}",
-                title=f"Spatial transformers, {model}, {distortion}",
+                folder=f"spatial_transformer_mnist/{distortion}_{model}",
+                title=f"Spatial transformers before one {model.upper()}: {what}",
                 tag="eval/error",
                 y="test error (%)",
                 x=(UPDATES,),
@@ -214,6 +215,7 @@ def draw_panel(axis: plt.Axes, experiment: Experiment, x: Axis) -> None:
         axis.set_yscale("log")
         lowest, highest = axis.get_ylim()
         if highest < 100 * lowest:  # too few powers of ten to name them alone
+            axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}")
     if experiment.limits:
