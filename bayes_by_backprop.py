@@ -641,6 +641,7 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
         checkpoint = load_checkpoint(Path(args.resume), args, weights, *shaping, *KEPT)
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
+        torch.cuda.manual_seed(args.seed + checkpoint["epoch"])  # a GPU goes on with other draws
         best, seconds = checkpoint["best"], checkpoint["seconds"]
         first_epoch = checkpoint["epoch"] + 1
         if first_epoch > args.epochs:
@@ -761,6 +762,7 @@ def run_regression(args: Args, device: str) -> dict[str, float]:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         torch.set_rng_state(checkpoint["rng"])
+        torch.cuda.manual_seed(args.seed + checkpoint["epoch"])  # a GPU goes on with other draws
         first_epoch = checkpoint["epoch"] + 1
         if first_epoch > args.epochs:
             raise SystemExit(f"{args.resume} has had {first_epoch - 1} epochs: raise --epochs.")
@@ -876,6 +878,7 @@ def run_bandit(args: Args) -> dict[str, float]:
         checkpoint = load_checkpoint(Path(args.resume), args, weights, *shaping, *KEPT)
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
+        torch.cuda.manual_seed(args.seed + checkpoint["t"])  # a GPU goes on with other draws
         x, r, regret = checkpoint["x"], checkpoint["r"], checkpoint["regret"]
         first, seconds = checkpoint["t"], checkpoint["seconds"]
         if first >= args.interactions:

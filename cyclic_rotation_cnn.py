@@ -741,7 +741,10 @@ def draw_answers(net: nn.Module, args: Args, examples: Pictures, path: Path) -> 
     output = predict(net, examples.x[:count], args).cpu()
     y = examples.y[:count].cpu()
     if args.dataset == "buildings":
-        pictures = [examples.x[0].cpu().permute(1, 2, 0), output[0, 0].sigmoid()]
+        edge = (y.shape[-1] - output.shape[-1]) // 2  # of the picture, which nothing is said of
+        middle = slice(edge, y.shape[-1] - edge)
+        pictures = [examples.x[0, :, middle, middle].cpu().permute(1, 2, 0)]
+        pictures.append(output[0, 0].sigmoid())
         pictures.append(centre(y[:1], output.shape[-1])[0])
         for axis, picture, title in zip(axes, pictures, ("aerial picture", "predicted", "label")):
             axis.imshow(picture.numpy(), cmap="gray_r", vmin=0, vmax=1)
@@ -770,10 +773,10 @@ def check_variant(args: Args) -> None:
         raise SystemExit("--variant roll-half is a network of --dataset buildings alone.")
     if args.variant == "roll-dense" and args.dataset == "buildings":
         raise SystemExit("--dataset buildings has no dense layer for --variant roll-dense.")
-    if (args.dataset == "galaxies" and args.image_size > 74) or (
+    if (args.dataset == "galaxies" and args.image_size > 64) or (
         args.dataset == "buildings" and (0 < args.image_size <= 40 or args.image_size % 2)
     ):
-        raise SystemExit("--image-size: at most 74 for galaxies, even and above 40 for buildings.")
+        raise SystemExit("--image-size: at most 64 for galaxies, even and above 40 for buildings.")
     if args.image_size and args.dataset in ("rotated-mnist", "digits"):
         raise SystemExit("--image-size is for plankton, galaxies and buildings.")
     if args.batch_size % 4:
@@ -810,9 +813,12 @@ def main(args: Args) -> dict[str, float]:
         load_checkpoint(Path(args.evaluate), args, net, *shaping)
         return evaluate(net, args, test)
     if args.resume:
-        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, "batch_size")
+        checkpoint = load_checkpoint(
+            Path(args.resume), args, net, *shaping, "batch_size", "weight_decay"
+        )
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
+        torch.cuda.manual_seed(args.seed + checkpoint["epoch"])  # a GPU goes on with other draws
         first_epoch, seconds = checkpoint["epoch"] + 1, checkpoint["seconds"]
         if first_epoch > args.epochs:
             raise SystemExit(f"{args.resume} has had {args.epochs} epochs: raise --epochs.")

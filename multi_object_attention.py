@@ -1026,6 +1026,7 @@ def run(args: Args, device: str) -> dict[str, float]:
     if args.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
+        torch.cuda.manual_seed(args.seed + checkpoint["epoch"])  # a GPU goes on with other draws
         first_epoch, seconds = checkpoint["epoch"] + 1, checkpoint["seconds"]
         if first_epoch > args.epochs:
             raise SystemExit(f"{args.resume} has had {args.epochs} epochs: raise --epochs.")

@@ -785,6 +785,7 @@ def main(args: Args) -> dict[str, float]:
         checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, "optimizer")
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
+        torch.cuda.manual_seed(args.seed + checkpoint["epoch"])  # a GPU goes on with other draws
         first_epoch, seconds = checkpoint["epoch"] + 1, checkpoint["seconds"]
         if first_epoch > args.epochs:
             raise SystemExit(f"{args.resume} has had {args.epochs} epochs: raise --epochs.")

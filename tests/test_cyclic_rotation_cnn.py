@@ -26,6 +26,7 @@ from cyclic_rotation_cnn import (
     CyclicRoll,
     CyclicSlice,
     CyclicStack,
+    Pictures,
     layout_of,
 )
 
@@ -219,6 +220,41 @@ def test_math_layers_stand_in_the_papers_order():
     assert net(torch.zeros(1, 3, 80, 80)).shape == (1, 1, 40, 40)
 
 
+@pytest.mark.parametrize(
+    "dataset, stages, width, stride",
+    [
+        ("rotated-mnist", (2, 2), 2, 2),
+        ("plankton", (2, 2, 3, 3), 3, 2),
+        ("galaxies", (2, 2, 3, 3), 2, 2),
+    ],
+)
+def test_math_layer_tables_written_out(dataset, stages, width, stride):
+    maps = "".join("Conv2d ReLU " * count + "MaxPool2d " for count in stages) + "Flatten "
+    expected = {
+        "baseline": maps + "Dropout Linear ReLU Dropout Linear ReLU Dropout Linear",
+        "pool": f"CyclicSlice {maps}Dropout Linear ReLU Dropout Linear CyclicPool Dropout Linear",
+        "roll-dense": f"CyclicSlice {maps}"
+        "Dropout Linear ReLU CyclicRoll Dropout Linear CyclicPool Dropout Linear",
+    }
+    expected["half"] = expected["baseline"]
+    for variant, kinds in expected.items():
+        with torch.device("meta"):
+            net = CyclicNetwork(layout_of(dataset), variant, 5)
+        assert [type(layer).__name__ for layer in net] == kinds.split()
+        assert {layer.p for layer in net if isinstance(layer, nn.Dropout)} == {0.5}
+        pools = [layer for layer in net if isinstance(layer, nn.MaxPool2d)]
+        assert {(p.kernel_size, p.stride, p.padding, p.ceil_mode) for p in pools} == {
+            (width, stride, 0, False)
+        }
+
+
+def test_math_layer_table_of_buildings_written_out():
+    for variant, first, last in (("baseline", "", "ReLU"), ("pool", "CyclicSlice ", "CyclicPool")):
+        net = CyclicNetwork(layout_of("buildings"), variant, 1)
+        kinds = first + "Conv2d ReLU " * 10 + f"Conv2d {last} Conv2d"
+        assert [type(layer).__name__ for layer in net] == kinds.split()
+
+
 # ---- Data ---------------------------------------------------------------------------------------
 
 
@@ -354,6 +390,176 @@ def test_math_buildings_as_published(tmp_path):
         cyclic.load_buildings(dataclasses.replace(make_args, data_dir="nowhere"), 80)
 
 
+@pytest.mark.parametrize(
+    "dataset, count, tests", [("rotated-mnist", 12_000, 50_000), ("digits", 1300, 497)]
+)
+def test_math_rotated_digits_train_upright_and_test_turned(dataset, count, tests, monkeypatch):
+    """Squares whose brightness is told by their label: each has a label of its own."""
+
+    def load(first, N):
+        y = torch.arange(first, first + N)
+        return (y % 200 + 50).byte().view(-1, 1, 1).expand(-1, 4, 4), y
+
+    sizes = (60_000, 10_000) if dataset == "rotated-mnist" else (1500, 297)
+    parts = {"train": load(0, sizes[0]), "t10k": load(sizes[0], sizes[1])}
+    monkeypatch.setattr(cyclic, "load_digits", parts.get)
+    monkeypatch.setattr(cyclic, "load_mnist", lambda folder, split: parts[split])
+    train, test = cyclic.load_rotated(Args(dataset=dataset))
+    assert len(train.x) == len(train.y) == count and len(test.x) == len(test.y) == tests
+    assert len(torch.cat([train.y, test.y]).unique()) == count + tests
+    for part in (train, test):
+        assert (part.x[:, 0, 1:3, 1:3] == (part.y % 200 + 50).view(-1, 1, 1)).all()
+    corners = [part.x[:, 0, 0, 0].float() / (part.y % 200 + 50) for part in (train, test)]
+    assert (corners[0] == 1).all() and corners[1].mean() < 0.9
+    torch.manual_seed(7)
+    assert torch.equal(cyclic.load_rotated(Args(dataset=dataset))[1].x, test.x)
+
+
+def points(args, S, seed, training=True):
+    """Where three spots of a picture come to lie in 500 training inputs: [3, 500, 2], x first."""
+    means = []
+    for row, column in ((0, 0), (0, 12), (12, 0)):
+        x = torch.zeros(500, layout_of(args.dataset).channels, S, S, dtype=torch.uint8)
+        middle = S // 2
+        x[..., middle + row - 2 : middle + row + 3, middle + column - 2 : middle + column + 3] = 255
+        torch.manual_seed(seed)
+        out = cyclic.prepare(x, args, training)[:, 0]
+        out = out - out.min()
+        p = torch.arange(out.shape[-1]) - (out.shape[-1] - 1) / 2
+        mass = out.sum((1, 2))
+        means.append(
+            torch.stack([(out.sum(1) * p).sum(1) / mass, (out.sum(2) * p).sum(1) / mass], 1)
+        )
+    return torch.stack(means)
+
+
+def mirrored(spots):
+    right, below = spots[1] - spots[0], spots[2] - spots[0]
+    return right[:, 0] * below[:, 1] - right[:, 1] * below[:, 0] < 0
+
+
+@pytest.mark.parametrize("dataset, flips", [("digits", False), ("galaxies", True)])
+def test_math_digits_are_turned_and_galaxies_also_flipped(dataset, flips):
+    spots = points(Args(dataset=dataset, image_size=0), 61 if not flips else 96, 0)
+    right = spots[1] - spots[0]
+    assert (right.norm(dim=1) - 12).abs().max() < 0.5
+    assert torch.histc(torch.atan2(right[:, 1], right[:, 0]), 4, -np.pi, np.pi).min() > 80
+    assert 200 < mirrored(spots).sum() < 300 if flips else not mirrored(spots).any()
+
+
+def test_math_plankton_is_varied_as_the_header_says():
+    """From where three spots go: the matrix from the output to the picture, and its shift."""
+    S = 95
+    spots = points(Args(dataset="plankton"), S, 0)
+    places = torch.stack([spots[1] - spots[0], spots[2] - spots[0]], 2)  # [500, 2, 2]
+    matrix = 12 * torch.linalg.inv(places)
+    factors = matrix.norm(dim=1)  # of the width and of the height
+    for factor in factors.unbind(1):
+        assert 1.27 < factor.max() < 1.33 and 1 / 1.33 < factor.min() < 1 / 1.27
+        assert abs(factor.log().mean()) < 0.03
+    assert abs(torch.corrcoef(factors.T)[0, 1]) < 0.2
+    cosines = (matrix[:, :, 0] * matrix[:, :, 1]).sum(1) / factors.prod(1)
+    slant = torch.asin(cosines).rad2deg()
+    assert 14 < slant.abs().max() < 16.5 and abs(slant.mean()) < 2
+    shift = (matrix @ spots[0][:, :, None])[:, :, 0]
+    assert 0.036 * S < shift.abs().max() < 0.044 * S
+    assert 200 < mirrored(spots).sum() < 300
+
+
+@pytest.mark.parametrize("dataset, S", [("digits", 28), ("plankton", 95), ("galaxies", 96)])
+def test_math_inputs_are_varied_in_training_alone(dataset, S):
+    args, C = Args(dataset=dataset), layout_of(dataset).channels
+    x = torch.randint(0, 256, (3, C, S, S), dtype=torch.uint8)
+    expected = x[..., 16:80, 16:80] / 127.5 - 1 if dataset == "galaxies" else x / 255
+    torch.testing.assert_close(cyclic.prepare(x, args, False), expected)
+    varied = [cyclic.prepare(x, args, True) for _ in range(2)]
+    assert not torch.equal(varied[0], varied[1]) and varied[0].shape == expected.shape
+    outside = -1 if dataset == "galaxies" else 0
+    assert cyclic.prepare(0 * x, args, True).unique().tolist() == [outside]
+
+
+def test_math_tiles_are_scaled_to_both_sides_of_zero():
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    for training in (True, False):
+        out = cyclic.prepare(x, Args(dataset="buildings"), training)
+        torch.testing.assert_close(out, x / 127.5 - 1)
+
+
+def test_math_tiles_and_maps_turn_and_flip_alike():
+    y = torch.randint(0, 256, (3, 6, 6), dtype=torch.uint8)
+    kinds = set()
+    torch.manual_seed(0)
+    for _ in range(60):
+        x_t, y_t = cyclic.quarter_turns(y[:, None].float(), y)
+        assert torch.equal(x_t[:, 0], y_t.float())
+        kinds.add(tuple(y_t.flatten().tolist()))
+    symmetries = [r(z, k) for z in (y, y.flip(-1)) for k in range(4)]
+    assert kinds == {tuple(z.flatten().tolist()) for z in symmetries}
+
+
+def test_math_plankton_holds_out_a_tenth_of_each_class(tmp_path):
+    train, test = cyclic.load_plankton(make_plankton(tmp_path, each=20), 47)
+    assert torch.bincount(train.y).tolist() == [18] * 3
+    assert torch.bincount(test.y).tolist() == [2] * 3
+
+
+def test_math_plankton_keeps_its_proportions_and_the_middle(tmp_path):
+    for c, shape in enumerate(((40, 20), (30, 90))):
+        for i in range(10):
+            picture = np.full(shape, 55 + c, np.uint8)
+            save_picture(tmp_path / f"plankton/train/class_{c}/{i}.jpg", picture)
+    train, _ = cyclic.load_plankton(Args(dataset="plankton", data_dir=str(tmp_path)), 48)
+    expected = [torch.zeros(48, 48), torch.zeros(48, 48)]
+    expected[0][:, 12:36], expected[1][16:32] = 200, 199
+    for x, y in zip(train.x, train.y):
+        assert (x[0] - expected[y]).abs().max() <= 1
+
+
+def test_math_galaxies_find_their_answers_by_number(tmp_path):
+    lines = ["GalaxyID," + ",".join(f"Class{i}" for i in range(37))]
+    for i, number in enumerate((900, 100008, 77, 2000, 15, 100001, 31, 8, 450, 62)):
+        save_picture(
+            tmp_path / f"galaxies/images_training_rev1/{number}.jpg",
+            np.full((106, 106, 3), 25 * i, np.uint8),
+        )
+        lines.append(f"{number}," + ",".join([str(i / 10)] * 36 + ["1"]))
+    (tmp_path / "galaxies/training_solutions_rev1.csv").write_text("\n".join(lines) + "\n")
+    for part in cyclic.load_galaxies(Args(dataset="galaxies", data_dir=str(tmp_path)), 64):
+        assert (part.x.float().mean((1, 2, 3)) - 250 * part.y[:, 0]).abs().max() < 3
+        assert (part.y[:, -1] == 1).all() and (part.y[:, 0] == part.y[:, 35]).all()
+
+
+def test_math_houses_are_red_in_the_published_maps(tmp_path):
+    args = make_buildings(tmp_path)
+    grey = cyclic.load_buildings(args, 80)
+    for cache in (tmp_path / "buildings").glob("*.npz"):
+        cache.unlink()
+    for part, name in (("train", "a"), ("train", "b"), ("test", "c")):
+        houses = np.zeros((200, 160, 3), np.uint8)
+        houses[40:90, 30:110, 0] = 255
+        save_picture(tmp_path / f"buildings/{part}/map/{name}.tif", houses)
+    red = cyclic.load_buildings(args, 80)
+    for part in range(2):
+        assert torch.equal(red[part].y, grey[part].y) and red[part].y.max() == 255
+    assert cyclic.centre(red[1].y, 40).sum() == 50 * 80  # every house in one labelled middle
+
+
+@pytest.mark.parametrize(
+    "make, sizes, widths",
+    [
+        (make_plankton, (47, 23), (47, 23)),
+        (make_galaxies, (32, 16), (48, 24)),
+        (make_buildings, (80, 60), (80, 60)),
+    ],
+)
+def test_math_caches_are_of_one_size(make, sizes, widths, tmp_path):
+    args = make(tmp_path)
+    load = getattr(cyclic, f"load_{args.dataset}")
+    for size, width in zip(sizes, widths):
+        for part in load(args, size):
+            assert part.x.shape[2:] == (width, width)
+
+
 # ---- Scores and runs ----------------------------------------------------------------------------
 
 
@@ -448,6 +654,178 @@ def test_learns_from_other_data_sets(make, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "answers.png").stat().st_size > 0
 
 
+class Seen:
+    """What main gives to update, which this takes the place of."""
+
+    def __init__(self, monkeypatch):
+        self.steps = []
+        monkeypatch.setattr(cyclic, "update", self.update)
+        monkeypatch.setattr(cyclic, "draw_paths", lambda *_: None)
+        monkeypatch.setattr(cyclic, "draw_answers", lambda *_: None)
+
+    def update(self, net, optimizer, x, y, dataset):
+        (group,) = optimizer.param_groups
+        assert net.training and dataset and len(group["params"]) == len(list(net.parameters()))
+        self.net = net
+        self.steps.append((group["lr"], group["weight_decay"], x.clone(), y.clone()))
+        return torch.zeros(())
+
+
+LOADERS = {"plankton": "load_plankton", "galaxies": "load_galaxies", "buildings": "load_buildings"}
+
+
+def few(dataset, N=16):
+    layout = layout_of(dataset)
+    S = 96 if dataset == "galaxies" else layout.size
+    x = torch.zeros(N, layout.channels, S, S, dtype=torch.uint8)
+    x[..., : S // 2, : 3 * S // 4] = 255
+    y = {"galaxies": torch.rand(N, 37), "buildings": x[:, 0]}.get(dataset, torch.arange(N))
+    return Pictures(x, y)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A function that runs main on few pictures with a small network; returns what it saw."""
+
+    def run(dataset, N=16, **flags):
+        seen = Seen(monkeypatch)
+        layout = small(dataset)
+        use(monkeypatch, layout._replace(outputs=N) if layout.outputs == 10 else layout)
+        examples = few(dataset, N)
+        monkeypatch.setattr(
+            cyclic, LOADERS.get(dataset, "load_rotated"), lambda *_: (examples, examples)
+        )
+        name = f"{dataset}{len(list(tmp_path.iterdir()))}"
+        flags = {"epochs": 1, "batch_size": 8, "variant": "baseline"} | flags
+        seen.metrics = cyclic.main(Args(dataset=dataset, run_dir=str(tmp_path / name), **flags))
+        return seen
+
+    return run
+
+
+@pytest.mark.parametrize("dataset", ["digits", "plankton", "galaxies", "buildings"])
+def test_math_weight_decay_is_for_plankton_alone(dataset, run):
+    seen = run(dataset, N=8, weight_decay=0.5)
+    assert {step[1] for step in seen.steps} == {0.5 if dataset == "plankton" else 0.0}
+
+
+def test_math_the_optimizer_steps_with_the_rate_of_its_epoch(run):
+    seen = run("digits", N=8, epochs=20, learning_rate=1.0, eval_every=20)
+    assert [step[0] for step in seen.steps] == pytest.approx([1.0] * 17 + [0.1] * 2 + [0.01])
+    assert seen.metrics["charts/learning_rate"] == pytest.approx(0.01)
+
+
+def test_math_every_epoch_has_all_pictures_in_a_new_order(run):
+    orders = torch.cat([step[3] for step in run("digits", epochs=3).steps]).view(3, 16)
+    assert (orders.sort().values == torch.arange(16)).all()
+    assert len(orders.unique(dim=0)) == 3 and not (orders == torch.arange(16)).all(1).any()
+
+
+def test_math_training_turns_tiles_with_their_maps(run):
+    upright, steps = few("buildings").y[0], run("buildings", N=64, batch_size=4).steps
+    kinds = set()
+    for _, _, x, y in steps:
+        assert torch.equal(x[:, 0] > 0, y > 0)
+        kinds.add(tuple(map(tuple, y[0].nonzero()[[0, -1]].tolist())))
+    assert len(steps) == 16 and len(kinds) >= 5
+    assert torch.equal(few("buildings").y[0], upright)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "plankton"])
+def test_math_training_varies_its_pictures(dataset, run):
+    x = run(dataset, N=8).steps[0][2]
+    assert all(not torch.equal(picture, x[0]) for picture in x[1:])
+
+
+def test_math_flags_reach_the_network(run):
+    kinds = {}
+    for turned in ("filters", "maps"):
+        net = run("digits", N=8, variant="roll-all", pool="max", turned=turned).net
+        kinds[turned] = {type(layer).__name__ for layer in net}
+        assert next(layer for layer in net if isinstance(layer, cyclic.CyclicPool)).how == "max"
+    assert "TurnedConv2d" in kinds["filters"] and "TurnedConv2d" not in kinds["maps"]
+
+
+def test_math_minutes_go_on_where_they_stopped(run, tmp_path):
+    run("digits", N=8)
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    checkpoint = torch.load(path)
+    torch.save(checkpoint | {"seconds": 6000.0}, path)
+    seen = run("digits", N=8, epochs=2)
+    assert seen.metrics["charts/minutes"] < 10
+    args = Args(dataset="digits", epochs=2, batch_size=8, variant="baseline", resume=str(path))
+    assert 100 < cyclic.main(args)["charts/minutes"] < 110
+    assert torch.load(path)["seconds"] > 6000
+
+
+def test_math_an_update_is_a_step_down_its_own_gradient():
+    torch.manual_seed(0)
+    net = nn.Linear(3, 4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    for _ in range(3):
+        x, y, theta = torch.randn(5, 3), torch.randint(4, (5,)), net.weight.detach().clone()
+        loss = nn.functional.cross_entropy(net(x), y)
+        (gradient,) = torch.autograd.grad(loss, net.weight)
+        found = cyclic.update(net, optimizer, x, y, "digits")
+        torch.testing.assert_close(net.weight.detach(), theta - 0.5 * gradient)
+        assert found == loss.detach() and not found.requires_grad
+
+
+# ---- Drawings -----------------------------------------------------------------------------------
+
+
+def drawn(draw, *arguments):
+    """The figure that a function closes."""
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cyclic.plt, "close", kept.append)
+        draw(*arguments)
+    cyclic.plt.close(kept[0])
+    return kept[0]
+
+
+def test_math_drawn_paths_change_places_with_the_picture(tmp_path):
+    torch.manual_seed(0)
+    for variant in ("pool", "roll-all"):
+        net, args = CyclicNetwork(small("digits"), variant, 10), Args(dataset="digits")
+        examples = Pictures(torch.randint(0, 256, (1, 1, 28, 28), dtype=torch.uint8), None)
+        axes = drawn(cyclic.draw_paths, net, args, examples, tmp_path / "paths.png").axes
+        rows = [
+            [torch.tensor(np.array(axis.images[0].get_array())) for axis in axes[5 * k : 5 * k + 5]]
+            for k in range(4)
+        ]
+        x = examples.x / 255
+        for k in range(4):
+            torch.testing.assert_close(rows[k][0], r(x, k)[0, 0])
+            for i in range(4):
+                maps = net[1](r(x, k + i)).relu()[0, 0].detach()
+                torch.testing.assert_close(rows[k][i + 1], maps)
+        assert axes[5].get_ylabel() == "90 degrees" and axes[2].get_title() == "path 1"
+
+
+def test_math_drawn_answers_of_digits_and_galaxies(tmp_path):
+    y, said = torch.tensor([0, 0, 0, 0, 1, 2]), torch.tensor([1, 0, 1, 1, 1, 2])
+    output = nn.functional.one_hot(said, 3).float()
+    x = torch.randint(0, 256, (6, 1, 4, 4), dtype=torch.uint8)
+    args = Args(dataset="digits")
+    answers = torch.rand(6, 37)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cyclic, "predict", lambda *_: output)
+        figure = drawn(cyclic.draw_answers, None, args, Pictures(x, y), tmp_path / "a.png")
+        patch.setattr(cyclic, "predict", lambda *_: answers.logit())
+        args = dataclasses.replace(args, dataset="galaxies")
+        scatter = drawn(cyclic.draw_answers, None, args, Pictures(x, answers), tmp_path / "a.png")
+    shares, first, second = (axis.images[0].get_array() for axis in figure.axes)
+    assert shares.tolist() == [[0.25, 0.75, 0], [0, 1, 0], [0, 0, 1]]
+    assert figure.axes[0].get_ylabel() == "true"
+    assert (first == x[0, 0].numpy()).all() and (second == x[2, 0].numpy()).all()
+    assert figure.axes[1].get_title() == "0 taken for 1"
+    for i, axis in enumerate(scatter.axes):
+        (line,) = axis.lines
+        np.testing.assert_allclose(line.get_xdata(), answers[:, i])
+        np.testing.assert_allclose(line.get_ydata(), answers[:, i], rtol=1e-4)
+
+
 # ---- Mistakes of users --------------------------------------------------------------------------
 
 
@@ -473,9 +851,17 @@ def test_bad_input(flags, sentence, tmp_path, monkeypatch):
         cyclic.main(Args(**{**TINY, **flags}))
 
 
+def test_math_the_drawn_aerial_picture_is_the_part_that_is_labelled(tmp_path, monkeypatch):
+    use(monkeypatch, small("buildings"))
+    net, args = CyclicNetwork(layout_of("buildings"), "baseline", 1), Args(dataset="buildings")
+    figure = drawn(cyclic.draw_answers, net, args, few("buildings", 1), tmp_path / "answers.png")
+    shapes = {axis.images[0].get_array().shape[:2] for axis in figure.axes}
+    assert len(shapes) == 1
+
+
 def test_bad_input_sizes_and_other_variants(tmp_path, monkeypatch):
     args = make_plankton(tmp_path)
-    with pytest.raises(SystemExit, match="at most 74 for galaxies"):
+    with pytest.raises(SystemExit, match="at most 64 for galaxies"):
         cyclic.main(dataclasses.replace(args, dataset="galaxies", image_size=96))
     with pytest.raises(SystemExit, match="--image-size 16 makes maps of 16 pixels"):
         cyclic.main(dataclasses.replace(args, image_size=16))
