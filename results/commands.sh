@@ -44,10 +44,14 @@ python prong.py --task cifar10 --method batchnorm --batch-size 64 --learning-rat
 python prong.py --task cifar10 --method sgd --batch-size 64 --learning-rate 1e-2 --total-iterations 5000 --run-dir runs/prong/cifar10/sgd__seed1
 
 # bayes_by_backprop.py: MNIST
-python bayes_by_backprop.py --prior-sigma-2 0.000335 --epochs 300 --run-dir runs/bayes_by_backprop/bbb__seed1
-python bayes_by_backprop.py --method dropout --epochs 300 --run-dir runs/bayes_by_backprop/dropout__seed1
-python bayes_by_backprop.py --method sgd --epochs 300 --run-dir runs/bayes_by_backprop/sgd__seed1
-python bayes_by_backprop.py --method sgd --optimizer sgd --learning-rate 0.1 --learning-rate-decay 0.92 --epochs 40 --run-dir runs/bayes_by_backprop/sgd-by-sgd__seed1
+for seed in 1 2 3; do
+    python bayes_by_backprop.py --seed $seed --run-dir runs/bayes_by_backprop/mnist/mixture__seed$seed
+    python bayes_by_backprop.py --prior gaussian --prior-sigma-1 0.368 --seed $seed --run-dir runs/bayes_by_backprop/mnist/gaussian__seed$seed
+    for method in dropout sgd; do
+        python bayes_by_backprop.py --method $method --seed $seed --run-dir runs/bayes_by_backprop/mnist/${method}__seed$seed
+    done
+done
+python bayes_by_backprop.py --hidden-units 1200 --prior-sigma-1 0.368 --prior-sigma-2 0.00248 --kl-weighting uniform --rho-init -5 --learning-rate-decay 0.95 --epochs 60 --run-dir runs/bayes_by_backprop/mnist/pruning-1200__seed1
 
 # bayes_by_backprop.py: the regression of figure 5
 for seed in 1 2 3; do
@@ -68,13 +72,8 @@ for transform in none affine tps; do
     for seed in 1 2 3; do
         python spatial_transformer_mnist.py --transform $transform --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/R_fcn/${transform}__seed$seed
     done
-    for distortion in RTS P E; do
-        python spatial_transformer_mnist.py --distortion $distortion --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_fcn/${transform}__seed1
+    python spatial_transformer_mnist.py --distortion RTS --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/RTS_fcn/${transform}__seed1
+    for distortion in P E; do
+        python spatial_transformer_mnist.py --distortion $distortion --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_fcn/${transform}__seed1
     done
 done
-for transform in none affine; do
-    python spatial_transformer_mnist.py --distortion TC --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_fcn/${transform}__seed1
-done
-python spatial_transformer_mnist.py --task addition --transform none --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/addition_fcn/none__seed1
-python spatial_transformer_mnist.py --task addition --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine-1__seed1
-python spatial_transformer_mnist.py --task addition --num-transformers 2 --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine-2__seed1
