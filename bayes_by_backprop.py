@@ -73,7 +73,7 @@ class Args:
     prior: Literal["mixture", "gaussian"] = "mixture"  # scale mixture, or its first part alone
     prior_pi: float = 0.25  # weight of the first, wide part
     prior_sigma_1: float = 1.0  # its deviation
-    prior_sigma_2: float = math.exp(-1)  # that of the narrow part
+    prior_sigma_2: float = 0.368  # that of the narrow part
     rho_init: float = -4.0  # of every rho: deviations begin at log(1 + e^rho)
     kl_weighting: Literal["blundell", "uniform"] = "blundell"  # pi_i: 2^(M-i) / (2^M - 1) or 1/M
     noise_std: float = 0.0  # of the Gaussian likelihood; 0: 0.1 in regression, 1 in the bandit

@@ -457,7 +457,7 @@ def test_learns_what_to_eat_and_goes_on_bit_for_bit(agent, tmp_path):
 
 
 def test_math_the_wide_part_comes_first():
-    assert bbb.make_prior(Args()) == Prior(0.25, 1.0, math.exp(-1))
+    assert bbb.make_prior(Args()) == Prior(0.25, 1.0, 0.368)
     assert bbb.make_prior(Args(prior="gaussian", prior_sigma_1=0.5)) == Prior(0.25, 0.5, 0.5)
 
 
