@@ -52,6 +52,7 @@ for seed in 1 2 3; do
     done
 done
 python bayes_by_backprop.py --hidden-units 1200 --prior-sigma-1 0.368 --prior-sigma-2 0.00248 --kl-weighting uniform --rho-init -5 --learning-rate-decay 0.95 --epochs 60 --run-dir runs/bayes_by_backprop/mnist/pruning-1200__seed1
+python bayes_by_backprop.py --method sgd --optimizer sgd --learning-rate 0.1 --learning-rate-decay 0.985 --epochs 300 --run-dir runs/bayes_by_backprop/mnist/sgd-by-sgd__seed1
 
 # bayes_by_backprop.py: the regression of figure 5
 for seed in 1 2 3; do
