@@ -71,6 +71,7 @@ class Args:
     learning_rate: float = 0.01  # of SGD; divided by 10 after each third of the run
     localisation_learning_rate: float = 1e-3  # of the localisation network, likewise
     sgd_momentum: float = 0.0  # of both
+    bfloat16: bool = False  # the classifier computes in 16 bits: half the time with a cnn
     # The run
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
@@ -238,22 +239,29 @@ def cnn_classifier(C: int, S: int, width: int, classes: int) -> nn.Module:
 class TransformerNetwork(nn.Module):
     """Spatial transformers side by side, their outputs stacked as channels, and a classifier."""
 
-    def __init__(self, transformers: list[SpatialTransformer], halve: bool, classifier: nn.Module):
+    def __init__(
+        self,
+        transformers: list[SpatialTransformer],
+        halve: bool,
+        classifier: nn.Module,
+        bfloat16: bool = False,
+    ):
         super().__init__()
         self.transformers = nn.ModuleList(transformers)
         self.halve = nn.AvgPool2d(2) if halve else nn.Identity()  # against aliasing
-        self.classifier = classifier
+        self.classifier, self.bfloat16 = classifier, bfloat16
 
     def forward(self, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [B, classes], what the classifier saw, points [B, T, H W, 2] of T transformers.
 
         Without a transformer it saw U, and there are no points.
         """
-        if not len(self.transformers):
-            return self.classifier(U), U, U.new_zeros(len(U), 0, 0, 2)
-        outputs, points = zip(*(transformer(U) for transformer in self.transformers))
-        V = self.halve(torch.cat(outputs, 1))
-        return self.classifier(V), V, torch.stack(points, 1)
+        V, points = U, U.new_zeros(len(U), 0, 0, 2)
+        if len(self.transformers):
+            outputs, read_at = zip(*(transformer(U) for transformer in self.transformers))
+            V, points = self.halve(torch.cat(outputs, 1)), torch.stack(read_at, 1)
+        with torch.autocast(U.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.classifier(V).to(V.dtype), V, points
 
 
 CANVAS = {"none": 28, "R": 28, "RTS": 42, "P": 42, "E": 42, "TC": 60}
@@ -287,7 +295,8 @@ def make_transformer_network(args: Args) -> TransformerNetwork:
         size, C = (28 if halve else S), C * T
     rest = budget - sum(map(count_parameters, transformers))
     width = width_for(rest, lambda width: classify(C, size, width, classes))
-    return TransformerNetwork(transformers, halve, classify(C, size, width, classes))
+    classifier = classify(C, size, width, classes)
+    return TransformerNetwork(transformers, halve, classifier, args.bfloat16)
 
 
 # ---- The data -----------------------------------------------------------------------------------
@@ -711,7 +720,7 @@ def main(args: Args) -> dict[str, float]:
         return evaluate(net, args, test)
     if args.resume:
         kept = ("learning_rate", "localisation_learning_rate", "sgd_momentum", "batch_size")
-        kept += ("fixed_distortions", "total_iterations", "seed")
+        kept += ("bfloat16", "fixed_distortions", "total_iterations", "seed")
         checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, *kept)
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["device"] != device:

@@ -184,6 +184,23 @@ def test_math_sliced_networks_are_invariant_also_after_training(dataset, variant
         optimizer.step()
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_math_bfloat16_computes_nearly_the_same(bfloat16):
+    """Products in 16 bits, of parameters and for losses in 32."""
+    torch.manual_seed(0)
+    net = CyclicNetwork(small("digits"), "roll-all", 10, bfloat16=bfloat16).eval()
+    kinds = {}
+    for name, layer in net.named_children():
+        layer.register_forward_hook(lambda _, __, y, name=name: kinds.update({name: y.dtype}))
+    x = torch.rand(4, 1, 28, 28)
+    logits = net(x)
+    logits.logsumexp(1).sum().backward()
+    assert kinds[str(len(net) - 1)] == (torch.bfloat16 if bfloat16 else torch.float32)
+    assert {p.grad.dtype for p in net.parameters()} == {logits.dtype} == {torch.float32}
+    net.bfloat16 = False
+    torch.testing.assert_close(logits, net(x), atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize("dataset", ["rotated-mnist", "plankton", "galaxies", "buildings"])
 def test_math_filters_that_turn_do_what_rolls_do(dataset):
     """The same output and the same gradients, from the same parameters."""

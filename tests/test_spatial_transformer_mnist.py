@@ -587,6 +587,22 @@ def test_math_addition_tells_the_sum_of_the_digits_that_are_seen(fixed, monkeypa
     assert (len(x.unique(dim=0)) <= 3) == fixed  # one frozen copy of each
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_math_bfloat16_is_for_the_classifier_alone(bfloat16, monkeypatch, tmp_path):
+    seen = spy_on_updates(monkeypatch)
+    stn.main(Args(**TINY, model="cnn", bfloat16=bfloat16, run_dir=str(tmp_path)))
+    net, _, x, _ = seen[-1]
+    kinds = {}
+    for name in ("classifier.0", "transformers.0.localisation.1", "transformers.0.regression"):
+        note = lambda _, __, out, name=name: kinds.update({name: out.dtype})  # noqa: E731
+        net.get_submodule(name).register_forward_hook(note)
+    logits, V, points = net(x)
+    assert kinds.pop("classifier.0") == (torch.bfloat16 if bfloat16 else torch.float32)
+    assert set(kinds.values()) == {logits.dtype, V.dtype, points.dtype} == {torch.float32}
+    net.bfloat16 = False
+    torch.testing.assert_close(logits, net(x)[0], atol=0.05, rtol=0.05)
+
+
 def test_math_film_keeps_the_start_and_halves_its_pace(monkeypatch, tmp_path):
     shown, pictures = [], iter(range(1000))
     monkeypatch.setattr(stn, "film_frame", lambda *_: next(pictures))
