@@ -250,6 +250,8 @@ class TransformerNetwork(nn.Module):
         self.transformers = nn.ModuleList(transformers)
         self.halve = nn.AvgPool2d(2) if halve else nn.Identity()  # against aliasing
         self.classifier, self.bfloat16 = classifier, bfloat16
+        if not transformers:  # faster, where V needs no gradient
+            classifier.to(memory_format=torch.channels_last)
 
     def forward(self, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [B, classes], what the classifier saw, points [B, T, H W, 2] of T transformers.
