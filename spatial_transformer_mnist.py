@@ -213,19 +213,17 @@ def fcn_classifier(C: int, S: int, width: int, classes: int) -> nn.Module:
 
 
 class FirstConv2d(nn.Conv2d):
-    """nn.Conv2d [B, C, S, S] -> [B, m, S', S'] for few channels C and inputs that want a gradient.
+    """nn.Conv2d [B, C, S, S] -> [B, m, S', S'], faster than its parent for few channels C.
 
-    The k rows under a k x k filter become channels of a 1 x k filter: the same sum, but a gradient
-    for k C channels takes a sixth of the time of one for C on a CPU.
+    The k columns under a k x k filter become channels of a k x 1 filter: the same sum, but where x
+    wants a gradient, one for k C channels takes a fraction of the time of one for C on a CPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.requires_grad:
-            return super().forward(x)
         m, C, k, _ = self.weight.shape
-        rows = x.unfold(2, x.shape[2] - k + 1, 1)  # [B, C, k, S, S']
-        filters = self.weight.view(m, C * k, 1, k)
-        return F.conv2d(rows.mT.flatten(1, 2), filters, self.bias)
+        columns = x.unfold(3, k, 1).permute(0, 2, 3, 1, 4).flatten(3)  # [B, S, S', C k]
+        filters = self.weight.mT.reshape(m, C * k, k, 1)
+        return F.conv2d(columns.permute(0, 3, 1, 2), filters, self.bias)
 
 
 def cnn_classifier(C: int, S: int, width: int, classes: int) -> nn.Module:
@@ -249,9 +247,8 @@ class TransformerNetwork(nn.Module):
         super().__init__()
         self.transformers = nn.ModuleList(transformers)
         self.halve = nn.AvgPool2d(2) if halve else nn.Identity()  # against aliasing
-        self.classifier, self.bfloat16 = classifier, bfloat16
-        if not transformers:  # faster, where V needs no gradient
-            classifier.to(memory_format=torch.channels_last)
+        self.classifier = classifier.to(memory_format=torch.channels_last)  # faster
+        self.bfloat16 = bfloat16
 
     def forward(self, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [B, classes], what the classifier saw, points [B, T, H W, 2] of T transformers.
