@@ -17,6 +17,7 @@ import sys
 import threading
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -59,23 +60,31 @@ def test_math_retina_is_that_of_slow_indexing(S, patch_size, num_scales):
 
 
 @pytest.mark.parametrize(
-    ("shape", "count"),
-    [((12, 3, 10, False), 256_781), ((12, 4, 10, False), 275_213), ((8, 1, 10, False), 209_677)],
-)
-def test_math_parameter_counts(shape, count):
-    assert sum(p.numel() for p in RecurrentAttentionModel(*shape).parameters()) == count
-
-
-@pytest.mark.parametrize(
-    ("net", "count"),
+    ("flags", "count"),
     [
-        (ram.ConvolutionalNetwork(60), 251_442),
-        (ram.ConvolutionalNetwork(100), 742_962),
-        (ram.FullyConnectedNetwork(60, 64), 235_274),
+        ({"task": "mnist"}, 209_677),
+        ({"task": "translated"}, 256_781),
+        ({"task": "cluttered"}, 256_781),
+        ({"task": "cluttered100"}, 275_213),
+        ({"task": "catch"}, 608_262),
+        ({"task": "mnist", "patch_size": 12, "num_scales": 3}, 256_781),
+        ({"task": "cluttered", "model": "conv"}, 251_442),
+        ({"task": "cluttered100", "model": "conv"}, 742_962),
+        ({"task": "translated", "model": "fc", "fc_width": 64}, 235_274),
     ],
+    ids=str,
 )
-def test_math_parameter_counts_of_the_baselines(net, count):
-    assert sum(p.numel() for p in net.parameters()) == count
+def test_math_parameter_counts(flags, count):
+    assert sum(p.numel() for p in ram.make_model(Args(**flags)).parameters()) == count
+
+
+def test_math_tasks_are_those_of_the_paper():
+    tasks = {"mnist": (28, 6, 0), "translated": (60, 8, 0), "cluttered": (60, 8, 4)}
+    tasks |= {"cluttered100": (100, 8, 8), "catch": (24, 23, 0)}
+    for task, expected in tasks.items():
+        setting = ram.setting_of(Args(task=task))
+        assert (setting.S, setting.num_glimpses, setting.num_clutter) == expected
+        assert ram.setting_of(Args(task=task, num_glimpses=3)).num_glimpses == 3
 
 
 def test_math_location_log_prob_is_that_of_a_normal():
@@ -227,10 +236,11 @@ def test_gradient_of_catch_is_that_of_its_replay(monkeypatch):
         log_pi, b = net.action(h).log_softmax(-1), net.baseline(h.detach())[:, 0]
         score = log_pi[range(64), moves[t]]
         if t < 22:  # the last location is used by nobody
-            score = score + ram.location_log_prob(l[t + 1], net.location(h), 0.2)
+            score = score + 0.5 * ram.location_log_prob(l[t + 1], net.location(h), 0.2)
         expected += (R - b).square() - score * (R - b).detach()
-        expected += 0.01 * (log_pi.exp() * log_pi).sum(-1)
-    loss, _ = ram.catch_loss(play, Args(task="catch"))
+        expected += 0.03 * (log_pi.exp() * log_pi).sum(-1)
+    args = Args(task="catch", reinforce_weight=0.5, entropy_cost=0.03)
+    loss, _ = ram.catch_loss(play, args)
     torch.testing.assert_close(loss, expected.mean())
     weights = list(net.parameters())
     gradients = torch.autograd.grad(loss, weights), torch.autograd.grad(expected.mean(), weights)
@@ -347,15 +357,180 @@ def test_math_evaluation_averages_sampled_paths_and_follows_the_means_once(monke
 
     def look(*_, std):
         p = next(paths) if std else 1e-9
-        return ram.Glimpses(torch.tensor([[1 - p, p]]).log(), torch.zeros(1, 1, 2), *[None] * 3)
+        l = torch.tensor([[[1.0, 1.0]], [[0.3, -0.4]]])
+        return ram.Glimpses(torch.tensor([[1 - p, p]]).log(), l, *[None] * 3)
 
     monkeypatch.setattr(ram, "look", look)
-    images = ram.Images(torch.zeros(1, 28, 28).byte(), torch.tensor([1]), torch.zeros(1, 2))
+    digit = torch.tensor([[-0.3, 0.4]])  # a half image's width from the last glimpse, 14 pixels
+    images = ram.Images(torch.zeros(1, 28, 28).byte(), torch.tensor([1]), digit)
     torch.manual_seed(7)
     state = torch.get_rng_state()
     scores = ram.evaluate(None, Args(eval_samples=3), images)
-    assert scores == {"eval/error": 0, "eval/error_single_path": 100, "eval/distance": 0}
+    assert scores == {"eval/error": 0, "eval/error_single_path": 100, "eval/distance": 14}
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- What a run does with the method ------------------------------------------------------------
+
+
+@pytest.fixture
+def numbered(monkeypatch):
+    """240 images to learn from and 16 to test with: every pixel of image n is n, its class n % 10.
+
+    As they are: nothing is moved and no clutter added.
+    """
+
+    def load(split):
+        n = torch.arange(240) if split == "train" else torch.arange(240, 256)
+        return n.byte()[:, None, None].repeat(1, 28, 28), n % 10
+
+    pools = []
+
+    def make_images(digits, S, num_clutter, pool, generator=None):
+        pools.append(pool[:, 0, 0].tolist())
+        return digits, torch.zeros(len(digits), 2)
+
+    monkeypatch.setattr(ram, "load_digits", load)
+    monkeypatch.setattr(ram, "make_images", make_images)
+    return pools
+
+
+def test_math_training_validation_and_test_images_are_apart(numbered, tmp_path, monkeypatch):
+    seen = {True: [], False: []}
+
+    class RightInTheTest(torch.nn.Linear):
+        def forward(self, x):
+            n = (x[:, 0, 0, 0] * 255).round().long()
+            seen[torch.is_grad_enabled()].append(n.tolist())
+            return F.one_hot((n + (n < 240)) % 10, 10) + 0.0 * self.weight.sum()
+
+    monkeypatch.setattr(ram, "make_model", lambda _: RightInTheTest(1, 1))
+    args = Args(**DIGITS, task="cluttered", model="fc", epochs=3, eval_every=2, batch_size=64)
+    metrics = ram.main(dataclasses.replace(args, run_dir=str(tmp_path)))
+    order = [n for part in seen[True] for n in part]
+    epochs = order[:200], order[200:400], order[400:]
+    training, validation, test = (list(range(*ends)) for ends in ((200,), (200, 240), (240, 256)))
+    assert all(sorted(epoch) == training for epoch in epochs) and epochs[0] != epochs[1]
+    assert sum(a < b for a, b in zip(epochs[0], epochs[0][1:])) < 150  # shuffled
+    assert seen[False] == [validation, validation, test]  # after epoch 2, at the end
+    assert all(pool == training for pool in numbered)  # clutter, too, comes from these alone
+    assert metrics["losses/cross_entropy"] == pytest.approx(math.log(math.e + 9))  # wrong each time
+    assert metrics["validation/error"] == 100 and metrics["eval/error"] == 0
+    rows = (tmp_path / "metrics.csv").read_text().split()
+    assert [row for row in rows if "/error" in row] == [
+        "2,validation/error,100.0",
+        "3,validation/error,100.0",
+        "3,eval/error,0.0",
+    ]
+
+
+def test_math_flags_reach_training_evaluation_and_drawing(numbered, tmp_path, monkeypatch):
+    looked, weights, look, hybrid_loss = [], [], ram.look, ram.hybrid_loss
+
+    def noting(net, table, num_glimpses, policy="learned", std=0.2, reinforce_into_core=False):
+        numbers = (table[:, 1, 1]).long().tolist()
+        looked.append((numbers, num_glimpses, policy, std, reinforce_into_core))
+        return look(net, table, num_glimpses, policy, std, reinforce_into_core)
+
+    def noting_weights(net, seen, y, *rest):
+        weights.append(rest)
+        return hybrid_loss(net, seen, y, *rest)
+
+    monkeypatch.setattr(ram, "look", noting)
+    monkeypatch.setattr(ram, "hybrid_loss", noting_weights)
+    args = Args(**DIGITS, num_glimpses=2, location_std=0.35, reinforce_weight=0.5, batch_size=100)
+    args = dataclasses.replace(args, glimpse_policy="random", reinforce_into_core=True, epochs=1)
+    args = dataclasses.replace(args, monte_carlo_samples=2, eval_samples=3, run_dir=str(tmp_path))
+    ram.main(args)
+    assert [(len(numbers), *rest) for numbers, *rest in looked[:2]] == [
+        (200, 2, "random", 0.35, True)
+    ] * 2
+    assert weights == [(0.35, 0.5)] * 2
+    validation, test = list(range(200, 240)), list(range(240, 256))
+    expected = [(validation, 0.35)] * 3 + [(validation, 0.0)] + [(test, 0.35)] * 3
+    expected += [(test, 0.0), (test[:12], 0.0)]  # the last ones are drawn
+    assert looked[2:] == [(numbers, 2, "random", std, False) for numbers, std in expected]
+
+
+def test_math_drawn_are_the_path_its_patches_and_the_class(tmp_path, monkeypatch):
+    l, logits = torch.rand(8, 12, 2) * 2 - 1, torch.randn(12, 10)
+    monkeypatch.setattr(ram, "look", lambda *_, **__: ram.Glimpses(logits, l, *[None] * 3))
+    x = torch.randint(256, (12, 60, 60), dtype=torch.uint8)
+    images = ram.Images(x, torch.arange(12) % 10, torch.zeros(12, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(ram.plt, "close", lambda _: None)
+        ram.draw_glimpses(None, Args(task="cluttered"), images, tmp_path / "glimpses.png")
+    axes = plt.gcf().axes
+    plt.close("all")
+    assert len(axes) == 12
+    for i, axis in enumerate(axes):
+        path = ((l[:, i] + 1) * 30 - 0.5).numpy()  # pixel 0 is drawn from -0.5 to 0.5
+        np.testing.assert_array_equal(axis.images[0].get_array(), x[i].numpy())
+        np.testing.assert_allclose(axis.lines[0].get_xydata(), path, atol=1e-4)
+        np.testing.assert_allclose(axis.collections[0].get_offsets(), path, atol=1e-4)
+        assert axis.get_title() == f"{i % 10} read as {logits[i].argmax()}"
+        assert [patch.get_width() for patch in axis.patches] == [12, 24, 48] * 2
+        centres = [patch.get_center() for patch in axis.patches]
+        np.testing.assert_allclose(centres, path[[0, 0, 0, -1, -1, -1]], atol=1e-4)
+
+
+def test_math_catch_is_played_with_its_deviation_and_filmed_where_it_looks(tmp_path, monkeypatch):
+    played, plays, play_catch = [], [], ram.play_catch
+
+    def noting(net, *how, greedy):
+        played.append((*how, greedy))
+        plays.append(play_catch(net, *how, greedy=greedy))
+        return plays[-1]
+
+    pictures, fromarray = [], Image.fromarray
+    monkeypatch.setattr(ram, "play_catch", noting)
+    monkeypatch.setattr(ram, "GAMES_PER_EPOCH", 100)
+    monkeypatch.setattr(ram, "GAMES_IN_EVALUATION", 20)
+    monkeypatch.setattr(Image, "fromarray", lambda a: pictures.append(a.copy()) or fromarray(a))
+    args = Args(task="catch", epochs=1, batch_size=40, location_std=0.3, device="cpu")
+    ram.main(dataclasses.replace(args, run_dir=str(tmp_path)))
+    evaluated, filmed = [(20, 24, 0.3, True), (20, 24, 0.3, False)], [(8, 24, 0.3, True)]
+    assert played == [(40, 24, 0.3, False)] * 2 + evaluated + filmed
+    centres, whole = ((plays[-1].l + 1) * 12).round().long().transpose(0, 1).flatten(0, 1), 0
+    assert len(pictures) == len(centres) == 8 * 24
+    for picture, (x, y) in zip(pictures, centres.tolist()):
+        rows, columns = (picture == (255, 60, 60)).all(2).nonzero()
+        if min(x, y) >= 3 and max(x, y) <= 21:
+            ends = columns.min(), columns.max(), rows.min(), rows.max()
+            assert ends == (8 * x - 24, 8 * x + 23, 8 * y - 24, 8 * y + 23)
+            whole += 1
+    assert whole > 50
+
+
+def test_learns_on_with_what_the_checkpoint_holds(numbered, tmp_path, monkeypatch):
+    """The time spent, sgd's momentum, the fall of the rate, and other draws on a GPU."""
+    args = Args(**DIGITS, model="fc", optimizer="sgd", epochs=1)
+    ram.main(dataclasses.replace(args, run_dir=str(tmp_path)))
+    path, seeds = tmp_path / "checkpoint.pt", []
+    checkpoint = torch.load(path)
+    assert checkpoint["optimizer"]["param_groups"][0]["momentum"] == 0.9
+    ram.save_checkpoint(path, **checkpoint | {"seconds": 6000.0})
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    metrics = ram.main(dataclasses.replace(args, epochs=4, resume=str(path)))
+    assert 100 < metrics["charts/minutes"] < 101 and metrics["charts/SPS"] > 200 / 6000
+    assert metrics["charts/learning_rate"] == pytest.approx(1e-3 / 4) and seeds == [2]
+
+
+def test_math_reported_is_the_mean_of_an_epoch_and_a_loss_that_is_no_number_ends_it(
+    numbered, tmp_path, monkeypatch
+):
+    values = iter([1.0, 2.0, 6.0, 1.0, math.nan, 1.0])
+
+    def losses(net, *_):
+        for _, value in zip(range(3), values):
+            yield next(net.parameters()).sum() * value, {"losses/cross_entropy": value}
+
+    monkeypatch.setattr(ram, "image_losses", losses)
+    args = Args(**DIGITS, model="fc", epochs=3, run_dir=str(tmp_path))
+    with pytest.raises(ram.Diverged, match="loss is nan in step 1 of epoch 2: the run stops"):
+        ram.main(args)
+    assert "1,losses/cross_entropy,3.0" in (tmp_path / "metrics.csv").read_text()
+    assert torch.load(tmp_path / "checkpoint.pt")["epoch"] == 1
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
@@ -494,6 +669,8 @@ def test_learns_from_a_download(tmp_path, monkeypatch):
             {"resume": "good.pt", "num_glimpses": 3},
             "made with num_glimpses=0, not with num_glimpses=3",
         ),
+        ({"evaluate": "good.pt", "glimpse_policy": "random"}, "with glimpse_policy=random"),
+        ({"resume": "good.pt", "optimizer": "sgd"}, "made with optimizer=adam, not with"),
         ({"dataset": "mnist"}, "is damaged.*delete it"),
     ],
 )
