@@ -506,9 +506,12 @@ def download(url: str, path: Path, remedy: str) -> bytes:
 
 def write_whole(path: Path, content: bytes) -> None:
     """The file with all of its content, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_bytes(content)
-    path.with_suffix(".part").replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_bytes(content)
+        path.with_suffix(".part").replace(path)
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be written ({error}): change --data-dir.") from None
 
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -724,10 +727,7 @@ def load_data(args: Args, device: str) -> Data:
         return load_house_numbers(args, device)
     generator = torch.Generator().manual_seed(2014)  # the same sets for every run and device
     load = {"mnist": partial(load_mnist, args.data_dir), "digits": load_digits}[args.dataset]
-    try:
-        (digits, labels), test = load("train"), load("t10k")
-    except OSError as error:
-        raise SystemExit(f"MNIST cannot be kept there ({error}): change --data-dir.") from None
+    (digits, labels), test = load("train"), load("t10k")
     held_out = len(digits) // 6
     pool = digits[:-held_out]
 

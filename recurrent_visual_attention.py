@@ -17,7 +17,8 @@ Departures: ours (the paper's). Numbers are compared with the NIPS version, not 
     the reported error averages 10 paths (one path; reported as well)
     clutter is added to the digit and the sum clipped ("added"); zeros outside the image (not told)
     catch: entropy of the move rewarded with 0.01, Adam; the ball starts anywhere, drifting -1, 0 or
-      1 columns a frame, the paddle in the middle, the first glimpse anywhere (not told)
+      1 columns a frame, the paddle in the middle, the first glimpse anywhere (not told); 100 epochs
+      are 4.4 million frames (20 million)
 
 Symbols: x image, y label, l_t location (x, y) in [-1, 1]^2 with (-1, -1) the top left corner, mu_t
 its mean, rho retina, g_t glimpse, h_t state of the core, b_t baseline, R reward, M paths per image.
@@ -28,6 +29,7 @@ import csv
 import gzip
 import hashlib
 import math
+import signal
 import time
 import urllib.request
 import zlib
@@ -68,7 +70,7 @@ class Args:
     entropy_cost: float = 0.01  # catch: reward for undecided actions
     fc_width: int = 256  # units of both hidden layers of fc (paper: 64 or 256)
     # Optimisation
-    epochs: int = 100  # of 50,000 images (digits: 1,250; catch: 2,000 games, 46,000 frames)
+    epochs: int = 100  # of 50,000 images (digits: 1,250; catch: 1,920 games, 44,000 frames)
     batch_size: int = 128  # images or games
     optimizer: Literal["adam", "sgd"] = "adam"  # sgd: momentum 0.9, the paper's, wants 0.01
     learning_rate: float = 1e-3  # at the start; falls linearly to 0
@@ -232,8 +234,9 @@ def look(
     location after the last glimpse is used by nobody and left out.
     """
     B, state = len(table), net.core.initial_state(len(table))
-    l = torch.zeros(num_glimpses, B, 2, device=table.device)
-    l = list(l if policy == "centre" else l.uniform_(-1, 1))  # all of them, if nothing is chosen
+    centre = torch.zeros(num_glimpses, B, 2, device=table.device)
+    anywhere = torch.empty_like(centre).uniform_(-1, 1)
+    l = list(centre if policy == "centre" else anywhere)  # all of them, if nothing is chosen
     samples, states = [], []
     for n in range(num_glimpses):
         h, state = net(table, l[n], state)
@@ -270,17 +273,17 @@ def baseline_loss(R: Tensor, b: Tensor) -> Tensor:
 
 def hybrid_loss(
     net: RecurrentAttentionModel, seen: Glimpses, y: Tensor, std: float, weight: float
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy for the class, REINFORCE for the locations (section 3.2, hybrid supervised)."""
     R = (seen.logits.argmax(-1) == y).float()  # the reward, at the last step alone
     classification = F.cross_entropy(seen.logits, y)
-    losses = {"losses/cross_entropy": classification.item(), "charts/reward": R.mean().item()}
+    losses = {"losses/cross_entropy": classification, "charts/reward": R.mean()}
     if not len(seen.mu):
         return classification, losses
     b = net.baseline(seen.h.detach()).squeeze(-1)  # [N-1, B]
     log_pi = location_log_prob(seen.sample, seen.mu, std)
     locating, fitting = reinforce_loss(log_pi, R, b), baseline_loss(R, b)
-    losses |= {"losses/reinforce": locating.item(), "losses/baseline": fitting.item()}
+    losses |= {"losses/reinforce": locating, "losses/baseline": fitting}
     return classification + weight * locating + fitting, losses
 
 
@@ -317,9 +320,12 @@ def download(url: str, path: Path, remedy: str) -> bytes:
 
 def write_whole(path: Path, content: bytes) -> None:
     """The file with all of its content, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_bytes(content)
-    path.with_suffix(".part").replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_bytes(content)
+        path.with_suffix(".part").replace(path)
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be written ({error}): change --data-dir.") from None
 
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -478,16 +484,13 @@ def play_catch(net: RecurrentAttentionModel, B: int, S: int, std: float, greedy:
     return Play(log_pi_a, log_pi_l[:-1], entropy, b, R, screens, looked)
 
 
-def catch_loss(play: Play, args: Args) -> tuple[Tensor, dict[str, float]]:
+def catch_loss(play: Play, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """REINFORCE alone, for moves and locations alike: the reward comes after the last frame."""
     acting = reinforce_loss(play.log_pi_a, play.R, play.b)
     locating = reinforce_loss(play.log_pi_l, play.R, play.b[:-1])
     fitting, entropy = baseline_loss(play.R, play.b), play.entropy.sum(0).mean()
-    losses = {"losses/reinforce": (acting + locating).item(), "losses/baseline": fitting.item()}
-    losses |= {
-        "losses/entropy": entropy.item() / len(play.b),
-        "charts/reward": play.R.mean().item(),
-    }
+    losses = {"losses/reinforce": acting + locating, "losses/baseline": fitting}
+    losses |= {"losses/entropy": entropy / len(play.b), "charts/reward": play.R.mean()}
     loss = acting + args.reinforce_weight * locating + fitting - args.entropy_cost * entropy
     return loss, losses
 
@@ -504,30 +507,36 @@ class Images(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, args: Args, images: Images | None) -> dict[str, float]:
+def evaluate(
+    net: nn.Module, args: Args, images: Images | None, prefix: str = "eval"
+) -> dict[str, float]:
     """Errors and catches in percent: of one path along the means, of sampled paths averaged.
 
     Without images: of games of Catch. The global random state is left as it was.
     """
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        return evaluate_catch(net, args) if images is None else evaluate_images(net, args, images)
+        if images is None:
+            scores = evaluate_catch(net, args)
+        elif args.model == "ram":
+            scores = evaluate_glimpses(net, args, images)
+        else:
+            said = torch.cat([net(x[:, None] / 255).argmax(1) for x in images.x.split(1000)])
+            scores = {"error": 100 * (said != images.y).float().mean().item()}
+    return {f"{prefix}/{name}": value for name, value in scores.items()}
 
 
 def evaluate_catch(net: nn.Module, args: Args) -> dict[str, float]:
     S, B = setting_of(args).S, GAMES_IN_EVALUATION
     greedy = play_catch(net, B, S, args.location_std, greedy=True)
     sampled = play_catch(net, B, S, args.location_std, greedy=False)
-    caught = {"eval/caught": greedy.R, "eval/caught_sampled": sampled.R}
-    return {tag: 100 * R.mean().item() for tag, R in caught.items()}
+    caught = {"caught": greedy.R, "caught_sampled": sampled.R}
+    return {name: 100 * R.mean().item() for name, R in caught.items()}
 
 
-def evaluate_images(net: nn.Module, args: Args, images: Images) -> dict[str, float]:
+def evaluate_glimpses(net: nn.Module, args: Args, images: Images) -> dict[str, float]:
     setting, wrong, wrong_along_means, distance = setting_of(args), 0, 0, 0.0
     for x, y, centres in zip(*(part.split(1000) for part in images)):
-        if args.model != "ram":
-            wrong += (net(x[:, None] / 255).argmax(1) != y).sum().item()
-            continue
         see = partial(look, net, integral_image(x), setting.num_glimpses, args.glimpse_policy)
         p = sum(see(std=args.location_std).logits.softmax(1) for _ in range(args.eval_samples))
         wrong += (p.argmax(1) != y).sum().item()
@@ -535,13 +544,11 @@ def evaluate_images(net: nn.Module, args: Args, images: Images) -> dict[str, flo
         wrong_along_means += (seen.logits.argmax(1) != y).sum().item()
         distance += (seen.l[-1] - centres).norm(dim=1).sum().item()
     total = len(images.y)
-    if args.model != "ram":
-        return {"eval/error": 100 * wrong / total}
     return {
-        "eval/error": 100 * wrong / total,
-        "eval/error_single_path": 100 * wrong_along_means / total,
+        "error": 100 * wrong / total,
+        "error_single_path": 100 * wrong_along_means / total,
         # pixels from the last glimpse to the digit's centre
-        "eval/distance": distance / total * setting.S / 2,
+        "distance": distance / total * setting.S / 2,
     }
 
 
@@ -558,7 +565,7 @@ def make_model(args: Args) -> nn.Module:
 
 def image_losses(
     net: nn.Module, args: Args, digits: Tensor, labels: Tensor
-) -> Iterator[tuple[Tensor, dict[str, float]]]:
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """The losses of an epoch's minibatches, each made and looked at after the last one's step."""
     setting = setting_of(args)
     for batch in torch.randperm(len(digits)).to(digits.device).split(args.batch_size):
@@ -566,7 +573,7 @@ def image_losses(
         y = labels[batch]
         if args.model != "ram":
             loss = F.cross_entropy(net(x[:, None] / 255), y)
-            yield loss, {"losses/cross_entropy": loss.item()}
+            yield loss, {"losses/cross_entropy": loss}
             continue
         table, M = integral_image(x), args.monte_carlo_samples
         if M > 1:
@@ -576,7 +583,7 @@ def image_losses(
         yield hybrid_loss(net, seen, y, args.location_std, args.reinforce_weight)
 
 
-def game_losses(net: nn.Module, args: Args) -> Iterator[tuple[Tensor, dict[str, float]]]:
+def game_losses(net: nn.Module, args: Args) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """The losses of an epoch's minibatches of games, each played after the last one's step."""
     S = setting_of(args).S
     for _ in range(GAMES_PER_EPOCH // args.batch_size):
@@ -746,20 +753,56 @@ def load_images(args: Args, device: str) -> tuple[Tensor, Tensor, Images, Images
 
 def check_task(args: Args) -> None:
     """Combinations of flags that no run can have."""
-    if args.task == "catch" and args.model != "ram":
-        raise SystemExit("--task catch is played by --model ram alone.")
-    if args.task == "catch" and args.batch_size > GAMES_PER_EPOCH:
-        raise SystemExit(f"--batch-size must be at most {GAMES_PER_EPOCH}, the games of an epoch.")
-    if args.location_std == 0:
-        raise SystemExit("--location-std must be above 0: without noise no policy is learned.")
+    setting, catch, ram = setting_of(args), args.task == "catch", args.model == "ram"
+    too_many, twice = catch and args.batch_size > GAMES_PER_EPOCH, 2 * setting.S
+    too_wide = ram and setting.num_scales - 1 > math.log2(twice / setting.patch_size)
+    looks = ram and not catch
+    for refused, sentence in (
+        (catch and not ram, "--task catch is played by --model ram alone."),
+        (catch and args.dataset != "mnist", "--dataset is for images, not for catch."),
+        (catch and args.num_glimpses, "--num-glimpses is for images: catch has one per frame."),
+        (too_many, f"--batch-size must be at most {GAMES_PER_EPOCH}, the games of an epoch."),
+        (args.glimpse_policy != "learned" and not looks, "--glimpse-policy is for ram on images."),
+        (args.monte_carlo_samples > 1 and not looks, "--monte-carlo-samples is for ram on images."),
+        (too_wide, f"--patch-size, doubled for each scale after one, passes {twice}, two images."),
+        (args.location_std == 0, "--location-std must be above 0: without noise nothing is tried."),
+    ):
+        if refused:
+            raise SystemExit(sentence)
+    if args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
+        open_run_dir(args, "", "")  # refuses it before anything is loaded
 
 
 def main(args: Args) -> dict[str, float]:
     check(args)
     check_task(args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+    try:
+        return run(args, choose_device(args.device))
+    except KeyboardInterrupt:  # before or after training
+        raise SystemExit("Stopped.") from None
+
+
+def run(args: Args, device: str) -> dict[str, float]:
+    """Train, or evaluate a checkpoint."""
     torch.manual_seed(args.seed)
-    device = choose_device(args.device)
     net = make_model(args).to(device)
+    adam = partial(torch.optim.Adam, fused=True)
+    kinds = {"adam": adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+    optimizer = kinds[args.optimizer](net.parameters(), args.learning_rate)
+    shaping = ("task", "model", "dataset", "patch_size", "num_scales", "num_glimpses", "fc_width")
+    shaping += ("glimpse_policy",)
+    kept = ("optimizer", "learning_rate", "batch_size", "location_std") if args.resume else ()
+    first_epoch, seconds = 1, 0.0
+    if path := args.resume or args.evaluate:
+        checkpoint = load_checkpoint(Path(path), args, net, *shaping, *kept)
+    if args.resume:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+        torch.cuda.manual_seed(args.seed + checkpoint["epoch"])  # a GPU goes on with other draws
+        first_epoch, seconds = checkpoint["epoch"] + 1, checkpoint["seconds"]
+        if first_epoch > args.epochs:
+            raise SystemExit(f"{args.resume} has had {args.epochs} epochs: raise --epochs.")
     validation = test = None
     minibatch_losses = partial(game_losses, net, args)
     if args.task != "catch":
@@ -768,28 +811,11 @@ def main(args: Args) -> dict[str, float]:
 
     def evaluate_both() -> dict[str, float]:
         """On the test set, and on validation images for those who choose between runs."""
-        scores = {} if validation is None else evaluate(net, args, validation)
-        scores = {tag.replace("eval/", "validation/"): value for tag, value in scores.items()}
-        return scores | evaluate(net, args, test)
+        chosen_by = {} if validation is None else evaluate(net, args, validation, "validation")
+        return chosen_by | evaluate(net, args, test)
 
-    adam = partial(torch.optim.Adam, fused=True)
-    kinds = {"adam": adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
-    optimizer = kinds[args.optimizer](net.parameters(), args.learning_rate)
-    shaping = ("task", "model", "dataset", "patch_size", "num_scales", "num_glimpses", "fc_width")
-    shaping += ("glimpse_policy",)
-    first_epoch, seconds = 1, 0.0
     if args.evaluate:
-        load_checkpoint(Path(args.evaluate), args, net, *shaping)
         return evaluate_both()
-    if args.resume:
-        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, "optimizer")
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])
-        torch.cuda.manual_seed(args.seed + checkpoint["epoch"])  # a GPU goes on with other draws
-        first_epoch, seconds = checkpoint["epoch"] + 1, checkpoint["seconds"]
-        if first_epoch > args.epochs:
-            raise SystemExit(f"{args.resume} has had {args.epochs} epochs: raise --epochs.")
-
     run_dir = open_run_dir(args, f"{args.task}_{args.model}", "recurrent_visual_attention")
     writer = SummaryWriter(run_dir)
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
@@ -801,11 +827,11 @@ def main(args: Args) -> dict[str, float]:
             for loss, parts in minibatch_losses():
                 refuse_infinity(loss.item(), f"in step {len(watched)} of epoch {epoch}")
                 update(optimizer, loss)
-                watched.append(parts)
+                watched.append(torch.stack([*parts.values()]).detach())
             took = time.perf_counter() - start
             seconds += took
 
-            metrics = {tag: float(np.mean([parts[tag] for parts in watched])) for tag in watched[0]}
+            metrics = dict(zip(parts, torch.stack(watched).mean(0).tolist()))
             examples = len(watched) * args.batch_size if test is None else len(digits)
             metrics["charts/SPS"] = examples / took  # images or games per second
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -813,8 +839,8 @@ def main(args: Args) -> dict[str, float]:
             if epoch == args.epochs:
                 metrics |= evaluate_both()
             elif epoch % args.eval_every == 0:
-                scores = evaluate(net, args, validation)
-                metrics |= {tag.replace("eval/", "validation/"): v for tag, v in scores.items()}
+                prefix = "eval" if validation is None else "validation"
+                metrics |= evaluate(net, args, validation, prefix)
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
             save_checkpoint(run_dir / "checkpoint.pt", epoch=epoch, **state)

@@ -801,9 +801,12 @@ def download(url: str, path: Path, remedy: str) -> bytes:
 
 def write_whole(path: Path, content: bytes) -> None:
     """The file with all of its content, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_bytes(content)
-    path.with_suffix(".part").replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_bytes(content)
+        path.with_suffix(".part").replace(path)
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be written ({error}): change --data-dir.") from None
 
 
 SHAKESPEARE_URL = (

@@ -13,7 +13,7 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
-ROLES = {"Args", "main", "evaluate", "update", "worker", "make_env", "actor", "learner"}
+ROLES = {"Args", "main", "evaluate", "update", "worker", "make_env", "actor", "learner", "run"}
 TWO_OF_ONE_NAME = {"GlimpseNetwork"}  # RAM and DRAM call two networks alike
 UNANNOTATED = {"writer", "T", "log", "optimizer", "save", "evaluate_now"}
 README = (ROOT / "README.md").read_text()

@@ -932,7 +932,7 @@ def test_bad_input_conv_of_another_size(svhn, monkeypatch):
 def test_bad_input_folders_that_cannot_be_written(svhn, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setattr(dram, "download_mnist", lambda path: dram.write_whole(path, b""))
-    with pytest.raises(SystemExit, match=r"MNIST cannot be kept there .*: change --data-dir"):
+    with pytest.raises(SystemExit, match=r"cannot be written .*: change --data-dir"):
         dram.load_data(Args(data_dir=str(tmp_path / "file")), "cpu")
     monkeypatch.setattr(dram, "decode_archive", None)  # it is seen before the long work
     monkeypatch.setattr(dram.os, "access", lambda path, mode: mode != dram.os.W_OK)

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import http.server
 import math
+import signal
 import subprocess
 import sys
 import threading
@@ -523,7 +524,10 @@ def test_math_reported_is_the_mean_of_an_epoch_and_a_loss_that_is_no_number_ends
 
     def losses(net, *_):
         for _, value in zip(range(3), values):
-            yield next(net.parameters()).sum() * value, {"losses/cross_entropy": value}
+            yield (
+                next(net.parameters()).sum() * value,
+                {"losses/cross_entropy": torch.tensor(value)},
+            )
 
     monkeypatch.setattr(ram, "image_losses", losses)
     args = Args(**DIGITS, model="fc", epochs=3, run_dir=str(tmp_path))
@@ -661,6 +665,16 @@ def test_learns_from_a_download(tmp_path, monkeypatch):
     ("flags", "sentence"),
     [
         ({"task": "catch", "model": "conv"}, "--task catch is played by --model ram alone"),
+        ({"task": "catch"}, "--dataset is for images"),
+        ({"task": "catch", "dataset": "mnist", "num_glimpses": 3}, "--num-glimpses is for images"),
+        ({"task": "catch", "dataset": "mnist", "batch_size": 4096}, "at most 2000, the games of"),
+        (
+            {"task": "catch", "dataset": "mnist", "glimpse_policy": "random"},
+            "--glimpse-policy is for ram on images",
+        ),
+        ({"model": "fc", "monte_carlo_samples": 2}, "--monte-carlo-samples is for ram on images"),
+        ({"num_scales": 40}, "passes 56, two images"),
+        ({"patch_size": 57}, "passes 56, two images"),
         ({"location_std": 0.0}, "--location-std must be above 0"),
         ({"batch_size": 0}, "--batch-size must lie between 1"),
         ({"num_glimpses": -1}, "--num-glimpses must lie between 0"),
@@ -671,6 +685,7 @@ def test_learns_from_a_download(tmp_path, monkeypatch):
         ),
         ({"evaluate": "good.pt", "glimpse_policy": "random"}, "with glimpse_policy=random"),
         ({"resume": "good.pt", "optimizer": "sgd"}, "made with optimizer=adam, not with"),
+        ({"resume": "good.pt", "learning_rate": 0.5}, "made with learning_rate=0.001, not with"),
         ({"dataset": "mnist"}, "is damaged.*delete it"),
     ],
 )
@@ -685,6 +700,25 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
     with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
         ram.main(dataclasses.replace(args, **flags))
     assert isinstance(stop.value.code, str) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_input_is_refused_before_data_is_loaded(tmp_path, monkeypatch):
+    """And a signal while it is loaded ends in a sentence."""
+    args = Args(task="catch", epochs=1, eval_every=1, run_dir=str(tmp_path / "run"))
+    monkeypatch.setattr(ram, "GAMES_PER_EPOCH", 128)
+    assert "eval/caught" in ram.main(dataclasses.replace(args, epochs=2))
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert [row[:13] for row in rows if "caught," in row] == ["1,eval/caught", "2,eval/caught"]
+    monkeypatch.setattr(ram, "load_images", lambda *_: signal.raise_signal(signal.SIGTERM))
+    checkpoint = str(tmp_path / "run" / "checkpoint.pt")
+    for flags, sentence in (
+        ({}, "holds a run already"),
+        ({"run_dir": "", "resume": checkpoint}, "has had 1 epochs"),
+        ({"task": "mnist", "run_dir": "", "evaluate": checkpoint}, "made with task=catch"),
+        ({"task": "mnist", "run_dir": ""}, "Stopped"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            ram.main(dataclasses.replace(args, **flags))
 
 
 def test_command_line(tmp_path):
