@@ -78,3 +78,14 @@ for transform in none affine tps; do
         python spatial_transformer_mnist.py --distortion $distortion --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_fcn/${transform}__seed1
     done
 done
+for transform in none affine; do
+    python spatial_transformer_mnist.py --distortion TC --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_fcn/${transform}__seed1
+done
+
+# spatial_transformer_mnist.py: convolutional classifiers
+for transform in none affine tps; do
+    python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion RTS --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/RTS_cnn/${transform}__seed1
+done
+for transform in none affine; do
+    python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/${transform}__seed1
+done
