@@ -691,7 +691,25 @@ def connect(args: Args) -> None:
             f"Ray cannot be used at {where} ({error}): start a cluster with ray start --head and "
             "give its host:port, or auto on one of its machines, or leave --ray-address out."
         ) from None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # instead of Ray's
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM, noted until the run can heed them.
+
+    An exception at any moment could hit Ray in the middle of a call, whose answer would never come.
+    """
+
+    def __init__(self):
+        self.noted = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, *_) -> None:
+        self.noted = True
+
+    def heed(self) -> None:
+        if self.noted:
+            raise KeyboardInterrupt
 
 
 class Remote:
@@ -722,6 +740,7 @@ class Gorila:
     """The components on Ray: who there is, what they are at, what they have reported."""
 
     def __init__(self, net: DeepQNetwork, start: dict[str, Any], args: Args, folder: Path):
+        self.interrupt = Interrupt()
         self.args, self.wait = args, partial(wait_for, patience=args.patience)
         self.log, self.counts, self.pids = queue.SimpleQueue(), Counter(start["counts"]), {}
         self.lost_before = self.counts["lost_updates"]
@@ -757,6 +776,7 @@ class Gorila:
 
     def attend(self, seconds: float, go_on: bool = True) -> None:
         """Wait for the end of a round, take its report, and begin the next if it is to go on."""
+        self.interrupt.heed()
         ended, _ = ray.wait(list(self.rounds), timeout=seconds)
         for answer in ended:
             name, _ = self.rounds.pop(answer)
@@ -968,12 +988,11 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
             recent, last_step = defaultdict(list), step
             if finished or (args.eval_every and step >= last_evaluation + args.eval_every):
                 film = run_dir / f"game_{step}.gif" if args.capture_video else None
-                watch = (lambda: None) if finished else partial(gorila.attend, 0)
+                watch = gorila.interrupt.heed if finished else partial(gorila.attend, 0)
                 metrics |= evaluate(net, args, film, watch)
                 last_evaluation = step
             report(writer, step, metrics)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
         if gorila:
             with suppress(TimeoutError):  # then the last checkpoint has to do
                 save(seconds + time.perf_counter() - last_time)
@@ -1032,6 +1051,7 @@ def main(args: Args) -> dict[str, float]:
         raise SystemExit("Stopped.") from None
     finally:
         ray.shutdown()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if __name__ == "__main__":

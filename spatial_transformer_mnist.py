@@ -68,9 +68,10 @@ class Args:
     # Optimisation
     total_iterations: int = 150_000  # updates
     batch_size: int = 256  # images of a minibatch
-    learning_rate: float = 0.01  # of SGD; divided by 10 after each third of the run
+    optimizer: Literal["sgd", "adam"] = "sgd"  # of the classifier and the localisation network
+    learning_rate: float = 0.01  # divided by 10 after each third of the run
     localisation_learning_rate: float = 1e-3  # of the localisation network, likewise
-    sgd_momentum: float = 0.0  # of both
+    sgd_momentum: float = 0.0  # of sgd, for both
     bfloat16: bool = False  # the classifier computes in 16 bits: half the time with a cnn
     # The run
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
@@ -684,6 +685,8 @@ def check_transformers(args: Args) -> None:
         raise SystemExit("--num-transformers is 1 or 2.")
     if args.task == "addition" and args.distortion not in ("R", "RTS"):
         raise SystemExit("--task addition distorts its digits by RTS: leave --distortion out.")
+    if args.optimizer == "adam" and args.sgd_momentum:
+        raise SystemExit("--sgd-momentum is for --optimizer sgd: leave one of them out.")
 
 
 def main(args: Args) -> dict[str, float]:
@@ -712,7 +715,10 @@ def main(args: Args) -> dict[str, float]:
     groups = [{"params": net.classifier.parameters(), "lr": args.learning_rate}]
     if localising:
         groups.append({"params": localising, "lr": args.localisation_learning_rate})
-    optimizer = torch.optim.SGD(groups, momentum=args.sgd_momentum)
+    if args.optimizer == "adam":
+        optimizer = torch.optim.Adam(groups)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=args.sgd_momentum)
     generator = torch.Generator(device).manual_seed(args.seed)
     shaping = ("task", "distortion", "model", "transform", "num_transformers", "dataset")
     t, seconds, frames = 0, 0.0, []
@@ -721,8 +727,8 @@ def main(args: Args) -> dict[str, float]:
         draw_transformations(net, test, Path(args.evaluate).with_name("transformations.png"))
         return evaluate(net, args, test)
     if args.resume:
-        kept = ("learning_rate", "localisation_learning_rate", "sgd_momentum", "batch_size")
-        kept += ("bfloat16", "fixed_distortions", "total_iterations", "seed")
+        kept = ("optimizer", "learning_rate", "localisation_learning_rate", "sgd_momentum")
+        kept += ("batch_size", "bfloat16", "fixed_distortions", "total_iterations", "seed")
         checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, *kept)
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["device"] != device:

@@ -826,7 +826,7 @@ def test_command_line_ctrl_c_ends_all_processes(tmp_path):
     }
     written = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-    said, _ = run.communicate(timeout=100)
+    said, _ = run.communicate(timeout=200)
     assert run.returncode == 1 and "Traceback" not in said
     assert "Stopped; go on with the same flags and --resume" in said
     assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns > written
@@ -848,7 +848,7 @@ def test_command_line_other_ends_leave_no_process_either(name, tmp_path):
             run.send_signal(getattr(signal, name))
             break
         time.sleep(0.2)
-    said, _ = run.communicate(timeout=100)
+    said, _ = run.communicate(timeout=200)
     assert run.returncode == (-signal.SIGKILL if name == "SIGKILL" else 1)
     assert not crash or "ZeroDivisionError" in said
     wait_for(lambda: not alive(processes), 120)  # Ray's agents take a minute to miss a killed run
@@ -871,7 +871,7 @@ def test_learns_on_when_any_component_is_killed(tmp_path):
             assert run.poll() is None
     finally:
         run.send_signal(signal.SIGINT)
-        said, _ = run.communicate(timeout=100)
+        said, _ = run.communicate(timeout=200)
     assert run.returncode == 1 and "Traceback" not in said, said
     counted = torch.load(tmp_path / "checkpoint.pt")["counts"]
     assert counted["restarts"] == 4 and 0 <= counted["lost_updates"] < 20
@@ -899,7 +899,7 @@ def test_learns_on_when_a_machine_leaves(tmp_path, monkeypatch):
         wait_until(tmp_path, "charts/restarts", 1)
         wait_until(tmp_path, "charts/updates", last(tmp_path, "charts/updates") + 40)
         run.send_signal(signal.SIGINT)
-        said, _ = run.communicate(timeout=100)
+        said, _ = run.communicate(timeout=200)
         assert run.returncode == 1 and "Traceback" not in said, said
         assert last(tmp_path, "charts/lost_updates") < 2 * 20
     finally:

@@ -492,11 +492,12 @@ def without_times(metrics):
         ({"transform": "tps", "distortion": "E", "fixed_distortions": True}, False),
         ({"task": "addition", "num_transformers": 2, "transform": "attention"}, True),
         ({"transform": "none", "distortion": "TC"}, False),
+        ({"optimizer": "adam", "learning_rate": 0.01, "sgd_momentum": 0.0}, True),
     ],
 )
 def test_learns_and_goes_on_bit_for_bit(flags, learns, tmp_path):
     """20 updates show in the loss of the easier tasks alone."""
-    args = Args(**TINY, **flags, learning_rate=0.1, sgd_momentum=0.9)
+    args = Args(**TINY, **{"learning_rate": 0.1, "sgd_momentum": 0.9} | flags)
     metrics = stn.main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
     rows = [r.split(",") for r in (tmp_path / "whole/metrics.csv").read_text().splitlines()]
     losses = [float(value) for _, tag, value in rows if tag == "losses/loss"]
@@ -631,7 +632,7 @@ def test_film_goes_on_after_resuming(monkeypatch, tmp_path):
     for name, other in {
         "task": "addition", "distortion": "P", "model": "cnn", "transform": "tps",
         "learning_rate": 0.5, "localisation_learning_rate": 0.5, "sgd_momentum": 0.5,
-        "batch_size": 7, "fixed_distortions": True, "total_iterations": 30, "seed": 2,
+        "optimizer": "adam", "batch_size": 7, "fixed_distortions": True, "total_iterations": 30, "seed": 2,
     }.items():  # fmt: skip
         with pytest.raises(SystemExit, match=f"was made with {name}="):
             stn.main(dataclasses.replace(args, **{name: other}))
@@ -648,6 +649,7 @@ def test_film_goes_on_after_resuming(monkeypatch, tmp_path):
         ({"num_transformers": 2}, "is for --task addition"),
         ({"task": "addition", "num_transformers": 3}, "is 1 or 2"),
         ({"task": "addition", "distortion": "E"}, "leave --distortion out"),
+        ({"optimizer": "adam", "sgd_momentum": 0.9}, "is for --optimizer sgd"),
         ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
         ({"learning_rate": 1e9}, "loss is (nan|inf) at update"),
     ],
