@@ -97,6 +97,7 @@ class Args:
     learning_rate: float = 1e-3  # in the first epoch
     location_rate: float = 0.1  # factor on it for what chooses locations (paper: 1)
     learning_rate_decay: float = 0.97  # factor on it after each epoch
+    bfloat16: bool = False  # networks compute in 16 bits: about half the time
     # The run
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
@@ -268,9 +269,11 @@ class DeepRecurrentAttentionModel(nn.Module):
     an image it knows from glimpses (section 3). With deep=False it is RAM: one LSTM does both.
     """
 
-    def __init__(self, sizes: Sizes, deep: bool = True, context: bool = True):
+    def __init__(
+        self, sizes: Sizes, deep: bool = True, context: bool = True, bfloat16: bool = False
+    ):
         super().__init__()
-        self.N, self.unit = sizes.num_glimpses, sizes.location_unit
+        self.N, self.unit, self.bfloat16 = sizes.num_glimpses, sizes.location_unit, bfloat16
         self.retina = RetinaSensor(sizes.patch_size, sizes.num_scales)
         self.glimpse = GlimpseNetwork(sizes, product=deep)
         self.lstm1 = nn.LSTMCell(sizes.width, sizes.lstm)
@@ -294,23 +297,24 @@ class DeepRecurrentAttentionModel(nn.Module):
         table, half = integral_image(x), self.half(x)
         zeros = self.baseline.weight.new_zeros(len(x), self.lstm1.hidden_size)
         r1 = r2 = zeros, zeros  # hidden part and cell
-        if self.context is not None:
-            c_I = self.context(x[:, None] / 255)
-            r2 = c_I, c_I
-        glimpses = []
-        for n in range(T):
-            if policy == "random":
-                mu = sample = torch.empty(len(x), 2, device=x.device).uniform_(-half, half)
-            else:
-                if n > 0:
-                    below = r1 if reinforce_into_core else tuple(state.detach() for state in r1)
-                    r2 = below if self.lstm2 is None else self.lstm2(below[0], r2)
-                mu = self.emission(r2[0])
-                sample = (mu + std * torch.randn_like(mu)).detach()
-            l = sample.clamp(-half, half)
-            r1 = self.lstm1(self.glimpse(self.retina(table, l / half), l), r1)
-            glimpses.append((r1[0], r2[0], mu, sample, l))
-        return Reading(*(torch.stack(part, 1) for part in zip(*glimpses)))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            if self.context is not None:
+                c_I = self.context(x[:, None] / 255)
+                r2 = c_I, c_I
+            glimpses = []
+            for n in range(T):
+                if policy == "random":
+                    mu = sample = torch.empty(len(x), 2, device=x.device).uniform_(-half, half)
+                else:
+                    if n > 0:
+                        below = r1 if reinforce_into_core else tuple(state.detach() for state in r1)
+                        r2 = below if self.lstm2 is None else self.lstm2(below[0], r2)
+                    mu = self.emission(r2[0]).float()
+                    sample = (mu + std * torch.randn_like(mu)).detach()
+                l = sample.clamp(-half, half)
+                r1 = self.lstm1(self.glimpse(self.retina(table, l / half), l), r1)
+                glimpses.append((r1[0], r2[0], mu, sample, l))
+        return Reading(*(torch.stack(part, 1).float() for part in zip(*glimpses)))
 
     def half(self, x: Tensor) -> float:
         """Units from the centre of images [B, S, S] to their borders."""
@@ -453,8 +457,9 @@ def focused(net: DeepRecurrentAttentionModel, x: Tensor, T: int, width: int = 54
 class ConvNet(nn.Module):
     """The paper's baselines, which see all of x [B, S, S]; logits [B, L, C]."""
 
-    def __init__(self, sizes: Sizes):
+    def __init__(self, sizes: Sizes, bfloat16: bool = False):
         super().__init__()
+        self.bfloat16 = bfloat16
         S, L, C = sizes.S, sizes.num_labels, sizes.num_classes
         if sizes.convolutional:  # 10 layers, dropout in all of them
             layers, maps = [], round(S * 10 / 54)
@@ -472,20 +477,23 @@ class ConvNet(nn.Module):
             layers += [nn.Flatten(), nn.Linear(64 * S**2, 512), nn.ReLU()]
         top = nn.Linear(3096 if sizes.convolutional else 512, L * C)
         self.layers = nn.Sequential(*layers, top, nn.Unflatten(1, (L, C))).apply(initialise)
+        self.to(memory_format=torch.channels_last)  # faster
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x[:, None] / 255)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.layers(x[:, None] / 255).float()
 
 
 def make_networks(args: Args) -> nn.ModuleList:
     """One network; with --forward-backward two, which share their glimpse network."""
     sizes = sizes_of(args)
     if args.model == "conv":
-        return nn.ModuleList([ConvNet(sizes)])
+        return nn.ModuleList([ConvNet(sizes, args.bfloat16)])
     deep, context = args.model == "dram", args.context == "coarse"
-    nets = [DeepRecurrentAttentionModel(sizes, deep, context)]
+    make = partial(DeepRecurrentAttentionModel, sizes, deep, context, args.bfloat16)
+    nets = [make()]
     if args.forward_backward:
-        nets.append(DeepRecurrentAttentionModel(sizes, deep, context))
+        nets.append(make())
         nets[1].glimpse = nets[0].glimpse
     return nn.ModuleList(nets)
 
@@ -1019,7 +1027,7 @@ def run(args: Args, device: str) -> dict[str, float]:
     shaping = ("task", "model", "dataset", "context", "glimpse_policy", "forward_backward")
     shaping += ("patch_size", "num_scales", "num_glimpses", "location_unit")
     shaping += ("svhn_size",) if args.resume or args.model == "conv" else ()
-    shaping += ("optimizer",) if args.resume else ()
+    shaping += ("optimizer", "bfloat16") if args.resume else ()
     first_epoch, seconds = 1, 0.0
     if path := args.resume or args.evaluate or args.pretrained:
         checkpoint = load_checkpoint(Path(path), args, nets, *shaping)

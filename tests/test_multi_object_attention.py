@@ -104,7 +104,7 @@ def test_math_sizes_are_the_papers():
     for size, millions in ((54, 51), (110, 169)):  # the paper's table of costs
         with torch.device("meta"):
             net = dram.ConvNet(Sizes(**dram.SIZES["svhn"])._replace(S=size))
-            assert net(torch.zeros(2, size, size)).shape == (2, 6, 11)
+            assert net.layers(torch.zeros(2, 1, size, size)).shape == (2, 6, 11)
         assert round(count(net) / 1e6) == pytest.approx(millions, abs=1)
     addition = dram.ConvNet(Sizes(**dram.SIZES["addition"]))
     convolutions = [m for m in addition.modules() if isinstance(m, torch.nn.Conv2d)]
@@ -170,6 +170,29 @@ def test_math_context_reaches_the_classifier_only_through_where_it_looks(svhn):
     assert torch.equal(blank, blank[:1].expand_as(blank))
     first = made(context=False)(x, 6).l[:, 0]
     assert torch.equal(first, first[:1].expand_as(first))
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_math_bfloat16_rounds_what_is_read_and_nothing_else(deep):
+    """Means, locations and states are float32 numbers near those that full precision makes."""
+    torch.manual_seed(0)
+    half = DeepRecurrentAttentionModel(SMALL, deep, bfloat16=True)
+    seen, expected = half(images(5), 6), made(deep)(images(5), 6)
+    for got, exact in zip(seen, expected, strict=True):
+        assert got.dtype == torch.float32 and not torch.equal(got, exact)
+        assert (got - exact).abs().mean() < 0.05 * exact.abs().mean()
+    half.logits(seen).square().mean().backward()
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    assert half.glimpse.where[0].weight.grad.dtype == torch.float32
+
+    args = Args(task="pairs", model="conv")
+    with torch.random.fork_rng():
+        exact = dram.make_networks(args)[0]
+    half = dram.make_networks(dataclasses.replace(args, bfloat16=True))[0]
+    half.load_state_dict(exact.state_dict())
+    got, expected = half(images(2, 100)), exact(images(2, 100))
+    assert got.dtype == torch.float32 and not torch.equal(got, expected)
+    assert (got - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 # ---- The bound ----------------------------------------------------------------------------------

@@ -632,7 +632,8 @@ def test_film_goes_on_after_resuming(monkeypatch, tmp_path):
     for name, other in {
         "task": "addition", "distortion": "P", "model": "cnn", "transform": "tps",
         "learning_rate": 0.5, "localisation_learning_rate": 0.5, "sgd_momentum": 0.5,
-        "optimizer": "adam", "batch_size": 7, "fixed_distortions": True, "total_iterations": 30, "seed": 2,
+        "optimizer": "adam", "batch_size": 7, "fixed_distortions": True,
+        "total_iterations": 30, "seed": 2,
     }.items():  # fmt: skip
         with pytest.raises(SystemExit, match=f"was made with {name}="):
             stn.main(dataclasses.replace(args, **{name: other}))
