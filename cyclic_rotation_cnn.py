@@ -247,7 +247,6 @@ class CyclicNetwork(nn.Sequential):
             for i, filters in enumerate(stage, start=1):
                 padding = "same" if layout.padded else "valid"
                 layers.append(convolution(n, filters // fewer, layout.kernel, padding=padding))
-                layers.append(nn.ReLU())
                 if not layout.padded:
                     size -= layout.kernel - 1
                 if i == len(stage) and layout.pooling != (1, 1):
@@ -257,9 +256,9 @@ class CyclicNetwork(nn.Sequential):
                             f"--image-size {layout.size} makes maps of {size} pixels, which no "
                             "pooling treats alike on all sides: take the paper's or half of it."
                         )
-                    layers.append(nn.MaxPool2d(width, stride))  # before the roll: fewer copies
+                    layers.append(nn.MaxPool2d(width, stride))  # first: fewer to cut and to copy
                     size = (size - width) // stride + 1
-                layers += roll
+                layers += [nn.ReLU(), *roll]
                 n = filters // fewer * (4 if rolls else 1)
                 if turns_filters:
                     convolution, roll = TurnedConv2d, []

@@ -472,7 +472,7 @@ class ConvNet(nn.Module):
         else:
             layers = []
             for n in range(3):
-                layers += [nn.Conv2d(64 if n else 1, 64, 5), nn.ReLU(), nn.MaxPool2d(2)]
+                layers += [nn.Conv2d(64 if n else 1, 64, 5), nn.MaxPool2d(2), nn.ReLU()]
                 S = (S - 4) // 2
             layers += [nn.Flatten(), nn.Linear(64 * S**2, 512), nn.ReLU()]
         top = nn.Linear(3096 if sizes.convolutional else 512, L * C)

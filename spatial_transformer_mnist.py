@@ -202,7 +202,7 @@ def fcn_localisation(C: int, S: int) -> tuple[nn.Module, int]:
 def cnn_localisation(C: int, S: int) -> tuple[nn.Module, int]:
     """Two 5x5 convolutions of 20 filters on the halved image, 20 units (A.4)."""
     size = ((S // 2 - 4) // 2) - 4
-    layers = [nn.AvgPool2d(2), nn.Conv2d(C, 20, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    layers = [nn.AvgPool2d(2), nn.Conv2d(C, 20, 5), nn.MaxPool2d(2), nn.ReLU()]
     layers += [nn.Conv2d(20, 20, 5), nn.ReLU(), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(20 * size**2, 20), nn.ReLU()), 20
 
@@ -228,10 +228,13 @@ class FirstConv2d(nn.Conv2d):
 
 
 def cnn_classifier(C: int, S: int, width: int, classes: int) -> nn.Module:
-    """9x9 and 7x7 convolutions, each with 2x2 max-pooling (A.4)."""
+    """9x9 and 7x7 convolutions, each with 2x2 max-pooling (A.4).
+
+    The maximum comes before the ReLU: the same numbers, a quarter of them to cut off.
+    """
     size = ((S - 8) // 2 - 6) // 2
-    layers = [FirstConv2d(C, width, 9), nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.Conv2d(width, width, 7), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    layers = [FirstConv2d(C, width, 9), nn.MaxPool2d(2), nn.ReLU()]
+    layers += [nn.Conv2d(width, width, 7), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(width * size**2, classes))
 
 

@@ -246,7 +246,8 @@ def test_math_layers_stand_in_the_papers_order():
     ],
 )
 def test_math_layer_tables_written_out(dataset, stages, width, stride):
-    maps = "".join("Conv2d ReLU " * count + "MaxPool2d " for count in stages) + "Flatten "
+    stage = ["Conv2d ReLU " * (count - 1) + "Conv2d MaxPool2d ReLU " for count in stages]
+    maps = "".join(stage) + "Flatten "
     expected = {
         "baseline": maps + "Dropout Linear ReLU Dropout Linear ReLU Dropout Linear",
         "pool": f"CyclicSlice {maps}Dropout Linear ReLU Dropout Linear CyclicPool Dropout Linear",

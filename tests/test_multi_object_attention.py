@@ -943,7 +943,7 @@ def test_bad_input_is_refused_before_data_is_loaded(tiny, tmp_path, monkeypatch)
 
 def test_bad_input_conv_of_another_size(svhn, monkeypatch):
     """Its layers have other shapes: that is said, not that the file is damaged."""
-    monkeypatch.setattr(dram, "ConvNet", lambda sizes: torch.nn.Linear(sizes.S, 1))
+    monkeypatch.setattr(dram, "ConvNet", lambda sizes, *_: torch.nn.Linear(sizes.S, 1))
     args = Args(task="svhn", model="conv", data_dir=str(svhn), device="cpu")
     state = {"net": dram.make_networks(args).state_dict(), "args": dataclasses.asdict(args)}
     dram.save_checkpoint(svhn / "conv.pt", **state)

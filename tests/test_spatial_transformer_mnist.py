@@ -280,11 +280,11 @@ def test_math_networks_have_the_papers_layers():
     relu, pool, mean = ("ReLU", 0), ("MaxPool2d", 0), ("AvgPool2d", 0)
     fc = [("Linear", 32, 784), relu, ("Linear", 32, 32), relu, ("Linear", 32, 32), relu]
     assert layers(stn.fcn_localisation(1, 28)[0]) == fc
-    conv = [mean, ("Conv2d", 20, 1, 5, 5), relu, pool, ("Conv2d", 20, 20, 5, 5), relu]
+    conv = [mean, ("Conv2d", 20, 1, 5, 5), pool, relu, ("Conv2d", 20, 20, 5, 5), relu]
     assert layers(stn.cnn_localisation(1, 28)[0]) == [*conv, ("Linear", 20, 20), relu]
     fc = [("Linear", 8, 784), relu, ("Linear", 8, 8), relu, ("Linear", 10, 8)]
     assert layers(stn.fcn_classifier(1, 28, 8, 10)) == fc
-    conv = [("FirstConv2d", 8, 1, 9, 9), relu, pool, ("Conv2d", 8, 8, 7, 7), relu, pool]
+    conv = [("FirstConv2d", 8, 1, 9, 9), pool, relu, ("Conv2d", 8, 8, 7, 7), pool, relu]
     assert layers(stn.cnn_classifier(1, 28, 8, 10)) == [*conv, ("Linear", 10, 32)]
 
 
