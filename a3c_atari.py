@@ -493,6 +493,7 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "metrics.csv").touch()
     except OSError as error:
         raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
     return run_dir
@@ -512,7 +513,7 @@ def check(args: Args) -> None:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
-    if args.resume and args.run_dir:
+    if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
 
 

@@ -133,6 +133,15 @@ def test_help_names_the_paper_and_explains_every_flag(path, capsys):
 
 
 @each_script
+def test_resume_goes_on_in_the_folder_of_its_checkpoint(path):
+    """The flags of a run and --resume go on with it, as Ctrl-C's sentence says."""
+    script = importlib.import_module(path.stem)
+    script.check(script.Args(resume="run/checkpoint.pt", run_dir="./run/"))
+    with pytest.raises(SystemExit, match="leave --run-dir out"):
+        script.check(script.Args(resume="run/checkpoint.pt", run_dir="another"))
+
+
+@each_script
 def test_sections_stand_in_their_order(path):
     titles = re.findall(r"^# ---- (.+?) -+$", path.read_text(), re.M)
     assert titles[0] == "The method" and titles[-1] == "Evaluation and training"

@@ -603,15 +603,15 @@ def test_math_bfloat16_is_for_the_classifier_alone(bfloat16, monkeypatch, tmp_pa
     torch.testing.assert_close(logits, net(x)[0], atol=0.05, rtol=0.05)
 
 
-def test_math_film_keeps_the_start_and_halves_its_pace(monkeypatch, tmp_path):
-    shown, pictures = [], iter(range(1000))
-    monkeypatch.setattr(stn, "film_frame", lambda *_: next(pictures))
-    monkeypatch.setattr(stn, "evaluate", lambda *_: {})
+def test_math_film_has_a_hundred_frames_evenly_through_training(monkeypatch, tmp_path):
+    shown, reports = [], []
+    monkeypatch.setattr(stn, "film_frame", lambda *_: len(reports))
+    monkeypatch.setattr(stn, "evaluate", lambda *_: reports.append(0) or {})
     monkeypatch.setattr(stn, "report", lambda *_: None)
     monkeypatch.setattr(stn, "save_film", lambda frames, _: shown.extend(frames))
-    args = Args(dataset="digits", total_iterations=102, report_every=1, batch_size=1)
+    args = Args(dataset="digits", total_iterations=250, report_every=1, batch_size=1)
     stn.main(dataclasses.replace(args, run_dir=str(tmp_path)))
-    assert shown == [*range(0, 100, 2), 100, 101]
+    assert shown == [int(2.5 * k) + 1 for k in range(100)]
 
 
 def test_film_goes_on_after_resuming(monkeypatch, tmp_path):
@@ -679,12 +679,24 @@ def test_bad_input_a_transformer_that_left_the_image(tmp_path, monkeypatch):
         stn.main(Args(**TINY, run_dir=str(tmp_path)))
 
 
+def test_bad_input_interrupt_while_data_is_made(monkeypatch, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stn, "make_examples", interrupt)
+    with pytest.raises(SystemExit, match=r"^Stopped\.$"):
+        stn.main(Args(**TINY, run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_bad_input_other_transform(tmp_path):
     args = Args(**TINY, run_dir=str(tmp_path))
     stn.main(args)
     checkpoint = str(tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match="was made with transform=affine, not with transform=tps"):
         stn.main(dataclasses.replace(args, transform="tps", evaluate=checkpoint))
+    with pytest.raises(SystemExit, match="was made with bfloat16=False"):
+        stn.main(dataclasses.replace(args, bfloat16=True, evaluate=checkpoint))
     with pytest.raises(SystemExit, match="has had all of its 20 updates"):
         stn.main(dataclasses.replace(args, resume=checkpoint, run_dir=""))
 
