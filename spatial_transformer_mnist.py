@@ -658,23 +658,33 @@ def check(args: Args) -> None:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
 
 
+def inked(picture: Tensor) -> np.ndarray:
+    """RGB bytes [S, S, 3] of channels [1 or 2, S, S]: black on white, or blue and orange."""
+    taken = [[1.0, 1.0, 1.0]] if len(picture) == 1 else [[1.0, 0.6, 0.0], [0.0, 0.5, 1.0]]
+    left = 1 - torch.einsum("chw,ck->hwk", picture.cpu(), torch.tensor(taken))
+    return (255 * left.clamp(0, 1)).byte().numpy()
+
+
 @torch.no_grad()
 def draw_transformations(net: TransformerNetwork, examples: Examples, path: Path) -> None:
-    """Inputs, where the transformer reads them, and what the classifier sees."""
+    """Inputs, where each transformer reads them, and what the classifier gets from it."""
     x = examples.x[:10]
     _, V, points = net(x)
-    figure, axes = plt.subplots(2, len(x), figsize=(1.3 * len(x), 2.9))
-    S, size, colours = x.shape[-1], math.isqrt(points.shape[2]), ("tab:red", "tab:green")
+    T, S, colours = points.shape[1], x.shape[-1], ("tab:red", "tab:green")
+    rows = [x, *V.chunk(max(T, 1), 1)]
+    figure, axes = plt.subplots(len(rows), len(x), figsize=(1.3 * len(x), 1.45 * len(rows)))
     for i in range(len(x)):
-        for axis, picture in zip(axes[:, i], (x[i], V[i])):
-            axis.imshow(picture.amax(0).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
+        for axis, pictures in zip(axes[:, i], rows):
+            axis.imshow(inked(pictures[i]))
             axis.set(xticks=[], yticks=[])
-            axis.autoscale(False)  # where it reads outside is not shown
-        for t in range(points.shape[1]):
-            grid = ((points[i, t].view(size, size, 2) + 1) / 2 * (S - 1)).cpu().numpy()
-            shown = np.linspace(0, size - 1, 5).round().astype(int)  # of its rows and columns
+            axis.autoscale(False)  # the grid may reach beyond
+        for t in range(T):
+            grid = points[i, t].view(*[math.isqrt(points.shape[2])] * 2, 2)
+            grid = ((grid + 1) / 2 * (S - 1)).cpu().numpy()
+            shown = np.linspace(0, len(grid) - 1, 5).round().astype(int)  # of its rows and columns
             for line in (*grid[shown], *grid[:, shown].swapaxes(0, 1)):
-                axes[0, i].plot(*line.T, color=colours[t % 2], lw=0.7)
+                axes[0, i].plot(*line.T, color=colours[t], lw=0.7)
+            axes[1 + t, i].spines[:].set_color(colours[t])
     axes[0, 0].set(ylabel="input")
     axes[1, 0].set(ylabel="transformed")
     figure.savefig(path, dpi=90, bbox_inches="tight")
@@ -683,11 +693,13 @@ def draw_transformations(net: TransformerNetwork, examples: Examples, path: Path
 
 @torch.no_grad()
 def film_frame(net: TransformerNetwork, examples: Examples) -> Tensor:
-    """Eight fixed inputs above what the classifier sees of them, as bytes [2 S, 8 S]."""
-    x = examples.x[:8].amax(1, keepdim=True)
-    V = F.interpolate(net(examples.x[:8])[1].amax(1, keepdim=True), size=x.shape[-2:])
-    rows = [torch.cat(list(part[:, 0]), 1) for part in (x, V)]
-    return (255 * torch.cat(rows).clamp(0, 1)).byte().cpu()
+    """Eight fixed inputs above what the classifier gets, a row a transformer; bytes [H, 8 S, 3]."""
+    x = examples.x[:8]
+    _, V, points = net(x)
+    V = F.interpolate(V, size=x.shape[-2:])
+    rows = [x, *V.chunk(max(points.shape[1], 1), 1)]
+    frame = [np.concatenate([inked(picture) for picture in row], 1) for row in rows]
+    return torch.from_numpy(np.concatenate(frame))
 
 
 def save_film(frames: list[Tensor], path: Path) -> None:

@@ -614,6 +614,30 @@ def test_math_film_has_a_hundred_frames_evenly_through_training(monkeypatch, tmp
     assert shown == [int(2.5 * k) + 1 for k in range(100)]
 
 
+def test_math_channels_are_inked_in_black_or_blue_and_orange():
+    one, two = torch.zeros(1, 1, 4), torch.zeros(2, 1, 4)
+    one[0, 0, 1] = two[0, 0, 1] = two[1, 0, 2] = 1.0
+    two[:, 0, 3] = 1.0
+    white, blue, orange, black = [255] * 3, [0, 102, 255], [255, 128, 0], [0] * 3
+    for picture, colours in (
+        (one, [white, black, white, white]),
+        (two, [white, blue, orange, black]),
+    ):
+        assert np.abs(stn.inked(picture) - np.array([colours])).max() <= 1
+
+
+def test_math_film_has_a_row_for_each_transformer():
+    x = torch.rand(8, 2, 42, 42)
+    args = Args(task="addition", num_transformers=2)
+    for T, net in ((1, Args(task="addition", transform="none")), (2, args)):
+        frame = stn.film_frame(
+            stn.make_transformer_network(net), stn.Examples(x, torch.zeros(8), torch.zeros(8))
+        )
+        assert frame.shape == ((1 + T) * 42, 8 * 42, 3) and frame.dtype == torch.uint8
+        first = np.concatenate([stn.inked(picture) for picture in x], 1)
+        assert np.array_equal(frame[:42].numpy(), first)
+
+
 def test_film_goes_on_after_resuming(monkeypatch, tmp_path):
     save, saved = stn.save_checkpoint, []
 
