@@ -824,7 +824,8 @@ def check_memory(args: Args, num_actions: list[int]) -> None:
     if args.stage == "distill":
         needed += sum(args.memory_steps * (84 * 84 + 1 + 4 * A) for A in num_actions)
     if args.stage == "teacher" or args.online:
-        needed += len(num_actions) * args.dqn_memory_steps * (84 * 84 + 1 + 4 * 4)
+        steps = args.dqn_memory_steps + (args.round_steps if args.online else args.report_every)
+        needed += len(num_actions) * steps * (84 * 84 + 1 + 4 * 4)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     folder = Path(args.resume or args.run_dir or "runs").absolute()
     folder = next(path for path in (folder, *folder.parents) if path.is_dir())

@@ -84,8 +84,20 @@ done
 
 # spatial_transformer_mnist.py: convolutional classifiers
 for transform in none affine tps; do
+    for seed in 1 2 3; do
+        python spatial_transformer_mnist.py --model cnn --bfloat16 --transform $transform --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/R_cnn/${transform}__seed$seed
+    done
     python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion RTS --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/RTS_cnn/${transform}__seed1
+    for distortion in P E; do
+        python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion $distortion --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_cnn/${transform}__seed1
+    done
 done
 for transform in none affine; do
     python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/${transform}__seed1
 done
+
+# spatial_transformer_mnist.py: the sum of two digits
+for transform in none affine; do
+    python spatial_transformer_mnist.py --task addition --transform $transform --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 20000 --report-every 1000 --run-dir runs/spatial_transformer_mnist/addition_fcn/${transform}__seed1
+done
+python spatial_transformer_mnist.py --task addition --num-transformers 2 --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 20000 --report-every 1000 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine-2__seed1

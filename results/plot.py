@@ -138,6 +138,7 @@ TRANSFORMED = {  # distortion: what it is, the paper's errors of an affine FCN a
     "addition": ("the sum of two digits", 9.0, None),
 }
 for distortion, (what, *errors) in TRANSFORMED.items():
+    transformer = "two affine" if distortion == "addition" else "affine"
     for model, error in zip(("fcn", "cnn"), errors):
         EXPERIMENTS.append(
             Experiment(
@@ -147,7 +148,7 @@ for distortion, (what, *errors) in TRANSFORMED.items():
                 y="test error (%)",
                 x=(UPDATES,),
                 paper=error,
-                paper_label=f"paper, affine: {error} after 150,000",
+                paper_label=f"paper, {transformer}: {error} after 150,000",
                 logarithmic=True,
             )
         )

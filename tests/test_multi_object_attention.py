@@ -7,6 +7,7 @@ that are not detached; ordered pairs; overlapping digits; ten read as a digit of
 enlarged from its corner; probabilities averaged where the paper averages their logarithms.
 """
 
+import csv
 import dataclasses
 import io
 import math
@@ -14,8 +15,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,6 +198,32 @@ def test_math_bfloat16_rounds_what_is_read_and_nothing_else(deep):
     assert (got - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_math_flags_shape_the_networks(monkeypatch):
+    """Unless told otherwise, the paper's sizes, two LSTMs, a context and 32 bits."""
+    flags = {"patch_size": 10, "num_scales": 3, "num_glimpses": 5, "location_unit": 7.0}
+    for task, paper in (("pairs", (12, 2, 4, 20)), ("addition", (12, 2, 4, 20))):
+        sizes = dram.sizes_of(Args(task=task))
+        assert tuple(getattr(sizes, flag) for flag in flags) == paper and sizes.S == 100
+    for size in (54, 110):
+        sizes = dram.sizes_of(Args(task="svhn", svhn_size=size))
+        assert tuple(getattr(sizes, flag) for flag in flags) == (12, 2, 3, 12)
+        assert size == sizes.S
+
+    for task in ("pairs", "svhn"):
+        monkeypatch.setitem(dram.SIZES, task, dram.SIZES[task] | {"width": 16, "lstm": 32})
+    (net,) = dram.make_networks(Args(**flags))
+    assert (net.N, net.unit, net.retina.edges.shape) == (5, 7.0, (3, 11))
+    assert net.glimpse.what[1].in_features == 3 * 10 * 10 and not net.bfloat16
+    for model, context in (("dram", "coarse"), ("dram", "none"), ("ram", "coarse")):
+        (net,) = dram.make_networks(Args(model=model, context=context, bfloat16=True))
+        assert net.glimpse.product == (net.lstm2 is not None) == (model == "dram")
+        assert (net.context is not None) == (model == "dram" and context == "coarse")
+        assert net.bfloat16
+    nets = dram.make_networks(Args(task="svhn", forward_backward=True))
+    own = {name.split(".")[1] for name, _ in nets.named_parameters() if name.startswith("1.")}
+    assert own == {"context", "lstm1", "lstm2", "emission", "classifier", "baseline"}
+
+
 # ---- The bound ----------------------------------------------------------------------------------
 
 
@@ -275,6 +304,26 @@ class Recorded:
 
     def logits(self, reading):
         return self.scores
+
+
+@pytest.mark.parametrize("policy", ["learned", "random"])
+def test_gradient_of_a_reading_is_made_as_the_flags_say(policy):
+    """N glimpses for each label, around the means by the deviation; at random, labels alone."""
+    asked = []
+
+    class Asked(Recorded):
+        def __call__(self, *arguments):
+            asked.append(arguments)
+            return super().__call__(*arguments)
+
+    net, y = Asked(4, 3, border=0.1), torch.randint(0, 10, (4, 3))
+    for std, into_core in ((0.4, True), (0.2, False)):
+        flags = {"location_std": std, "reinforce_into_core": into_core}
+        loss, shown = dram.reading_loss(net, None, y, Args(glimpse_policy=policy, **flags))
+        assert asked.pop() == (None, 2 * 3, policy, std, into_core) and not asked
+        assert torch.equal(loss, shown["losses/cross_entropy"]) == (policy == "random")
+        means = torch.autograd.grad(loss, net.mu, allow_unused=True)[0]
+        assert (means is None) == (policy == "random")
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 2, 3])
@@ -418,6 +467,37 @@ def test_math_minibatch_repeats_images_for_each_path_and_sums_directions(monkeyp
     assert round(Args().location_std ** 2, 2) == 0.03  # the paper's variance on svhn
 
 
+def test_math_minibatch_of_the_convolutional_network_sums_labels():
+    scores = torch.randn(2, 4, 11)
+    y = torch.tensor([[1, 2, 3, TERMINAL], [7, TERMINAL, NO_LABEL, NO_LABEL]])
+    loss, shown = dram.minibatch_loss([lambda x: scores], Args(task="svhn", model="conv"), None, y)
+    of_labels = F.cross_entropy(scores.flatten(0, 1), y.flatten(), ignore_index=NO_LABEL)
+    torch.testing.assert_close(loss, of_labels * 6 / 2)  # 6 labels of 2 images
+    assert shown == {"losses/cross_entropy": loss}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_math_optimizer_has_all_parameters_in_two_groups(optimizer, monkeypatch):
+    """What chooses locations is in the second one, in both directions."""
+    monkeypatch.setitem(dram.SIZES, "svhn", {**SMALL._asdict(), "convolutional": True})
+    args = Args(task="svhn", forward_backward=True, optimizer=optimizer, learning_rate=0.5)
+    nets = dram.make_networks(args)
+    found = dram.grouped_optimizer(nets, args)
+    kind, settings = {
+        "adam": (torch.optim.Adam, {"betas": (0.9, 0.999)}),
+        "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    }[optimizer]
+    settings |= {"lr": 0.5, "weight_decay": 0}
+    assert type(found) is kind and settings.items() <= found.defaults.items()
+    names = {parameter: name for name, parameter in nets.named_parameters()}
+    groups = [[names.pop(p) for p in group["params"]] for group in found.param_groups]
+    assert not names
+    sees, chooses = ({name.rsplit(".", name.count(".") - 1)[0] for name in g} for g in groups)
+    assert chooses == {f"{i}.{part}" for i in (0, 1) for part in ("context", "lstm2", "emission")}
+    own = {f"{i}.{part}" for i in (0, 1) for part in ("lstm1", "classifier", "baseline")}
+    assert sees == own | {"0.glimpse"}
+
+
 # ---- Two directions, several paths --------------------------------------------------------------
 
 
@@ -491,6 +571,79 @@ def test_math_answer_averages_sampled_paths(monkeypatch):
             dram.answer(nets[:1], args, x, 0), nets[0].logits(nets[0](x, 6)).argmax(2)
         )
         assert along_means.shape == (5, 3, 11)
+
+
+class Scripted:
+    """In the place of a network: logits of its next path, whatever it is shown."""
+
+    N = 2
+
+    def __init__(self, *paths):
+        self.paths, self.asked = list(paths), []
+
+    def __call__(self, *arguments):
+        self.asked.append(arguments)
+        return self.paths.pop(0)
+
+    def logits(self, reading):
+        return reading
+
+
+@pytest.mark.parametrize(
+    ("average", "label"), [("log-probabilities", 1), ("probabilities", 0)], ids=str
+)
+@pytest.mark.parametrize("policy", ["learned", "random"])
+def test_math_answer_follows_its_flags(policy, average, label):
+    args = Args(task="svhn", average=average, glimpse_policy=policy, location_std=0.4)
+    p = torch.tensor([[0.9, 0.1], [0.02, 0.98], [0.6, 0.4]]).log()  # two classes, three paths
+    paths = [F.pad(path, (0, 9), value=-20.0).expand(4, 6, 11) for path in p]
+    net, x = Scripted(*paths), images(4, 54)
+    assert (dram.answer([net], args, x, 3) == label).all()
+    assert net.asked == [(x, 6 * 2, policy, 0.4)] * 3
+    net = Scripted(paths[1])
+    assert (dram.answer([net], args, x, 0) == 1).all()
+    assert net.asked == [(x, 6 * 2, policy, 0.0)]
+
+
+def test_math_answer_reads_where_each_direction_focuses(monkeypatch):
+    asked = []
+
+    def part_of(net, x, T):
+        asked.append((net, x, T))
+        return net
+
+    monkeypatch.setattr(dram, "focused", part_of)
+    flags = {"task": "svhn", "svhn_size": 110, "forward_backward": True}
+    for focus in (True, False):
+        nets, x = [Scripted(saying(1, 2)), Scripted(saying(2, 1))], images(1, 110)
+        found = dram.answer(nets, Args(focus=focus, **flags), x, 0)
+        assert found[0, :3].tolist() == [1, 2, TERMINAL]
+        assert [net.asked[0][0] for net in nets] == (nets if focus else [x, x])
+        assert asked == ([(net, x, 6 * 2) for net in nets] if focus else [])
+        asked.clear()
+
+
+@pytest.mark.parametrize("model", ["dram", "conv"])
+def test_math_evaluation_counts_all_images_and_draws_by_itself(model, monkeypatch):
+    """The same paths each time, without dropout; training goes on as if nothing had been."""
+    args, nets = Args(model=model, monte_carlo_samples=7), torch.nn.ModuleList([torch.nn.Dropout()])
+    y, draws = torch.arange(1203)[:, None], []
+
+    def answer(given, args, x, paths):
+        assert given is nets and not nets[0].training and not torch.is_grad_enabled()
+        draws.append(torch.rand(1).item())
+        return torch.where(x < (300 if paths == 7 else 600 + paths), -5, x)
+
+    monkeypatch.setattr(dram, "answer", answer)
+    state, found = torch.get_rng_state(), dram.evaluate(nets, args, y, y, "some")
+    assert torch.equal(state, torch.get_rng_state()) and nets[0].training
+    averaged, single = 100 * 300 / 1203, 100 * 600 / 1203
+    expected = {"some/error": averaged, "some/error_single_path": single}
+    assert found == ({"some/error": single} if model == "conv" else expected)
+    first, draws = draws, []
+    torch.rand(1)
+    assert dram.evaluate(nets, args, y, y, "some") == found and draws == first
+    assert len(set(draws)) == len(draws) == (3 if model == "conv" else 6)
 
 
 def test_math_a_number_is_wrong_if_any_digit_is():
@@ -589,6 +742,40 @@ def test_math_test_sets_are_frozen_and_epochs_are_not():
     assert len(data[0].test[0]) == 297
     first, second = (next(dram.minibatches(Args(**DIGITS), data[0])) for _ in range(2))
     assert first[0].shape == (128, 100, 100) and not torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("task", ["pairs", "addition"])
+def test_math_digits_are_of_their_sets(task, monkeypatch):
+    """The last sixth of the training digits is for validation; clutter is of what is trained on."""
+    calls = []
+
+    def record(*arguments):
+        calls.append(arguments)
+        return torch.tensor(len(calls) - 1), torch.tensor(len(calls) - 1)
+
+    def scenes(task, digits, labels, chosen, pool, generator=None):
+        return record(task, digits, labels, pool, chosen)
+
+    monkeypatch.setattr(dram, "make_scenes", scenes)
+    args = Args(**DIGITS, task=task, batch_size=500)
+    data = dram.load_data(args, "cpu")
+    (x, y), (x_test, y_test) = dram.load_digits("train"), dram.load_digits("t10k")
+    trained = x[:1250], y[:1250]
+    assert all(map(torch.equal, data[:2], trained)) and len(x) == 1500
+    of_sets = ((data.validation, (x[1250:], y[1250:])), (data.test, (x_test, y_test)))
+    for (index, _), digits in of_sets:
+        told, *given, chosen = calls[index]
+        assert told == task and all(map(torch.equal, given, (*digits, trained[0])))
+        assert all(sorted(column.tolist()) == [*range(len(digits[0]))] for column in chosen.T)
+        assert (chosen[:, 0] == chosen[:, 1]).float().mean() < 0.1
+    del calls[:]
+    batches = [calls[index] for index, _ in dram.minibatches(args, data)]
+    assert [len(chosen) for *_, chosen in batches] == [500, 500, 250]
+    for told, *given, _ in batches:
+        assert told == task and all(map(torch.equal, given, (*trained, trained[0])))
+    chosen = torch.cat([chosen for *_, chosen in batches])
+    assert all(sorted(column.tolist()) == [*range(1250)] for column in chosen.T)
+    assert (chosen[:, 0] == chosen[:, 1]).float().mean() < 0.1
 
 
 # ---- House numbers ------------------------------------------------------------------------------
@@ -737,6 +924,38 @@ def test_math_house_numbers_are_cached_split_and_jittered(svhn, monkeypatch):
     ) == 60
 
 
+@pytest.mark.parametrize(("size", "width"), [(54, 64), (110, 130)])
+def test_math_house_numbers_keep_their_labels_and_their_set(size, width, monkeypatch):
+    """A photo's grey is its label; then a pixel's grey is its column, which tells the crop."""
+    labels = dict(zip(("train", "extra", "test"), torch.arange(84).split([40, 32, 12])))
+
+    def numbered(data_dir, w):
+        assert (data_dir, w) == ("photos", width)
+        grey = {name: y.byte()[:, None, None].expand(-1, w, w) for name, y in labels.items()}
+        return {name: (grey[name], y[:, None].expand(-1, 6)) for name, y in labels.items()}
+
+    monkeypatch.setattr(dram, "load_svhn", numbered)
+    args = Args(task="svhn", svhn_size=size, data_dir="photos", batch_size=25)
+    data = dram.load_data(args, "cpu")
+    batches = list(dram.minibatches(args, data))
+    assert [len(y) for _, y in batches] == [25, 25, 10]
+    for x, y in (*batches, data.validation, data.test):
+        assert x.shape == (len(y), size, size) and torch.equal(x[:, 0, 0].long(), y[:, 0])
+    trained, held_out = torch.cat([y for _, y in batches])[:, 0], data.validation[1][:, 0]
+    assert sorted([*trained.tolist(), *held_out.tolist()]) == [*range(72)]
+    assert held_out.min() < 40 <= held_out.max()  # drawn from both archives
+    assert data.test[1][:, 0].tolist() == [*range(72, 84)]
+
+    ruler = torch.arange(width, dtype=torch.uint8).expand(72, width, width)
+    ruled = {name: (ruler[: len(y)], y[:, None].expand(-1, 6)) for name, y in labels.items()}
+    monkeypatch.setattr(dram, "load_svhn", lambda *_: ruled)
+    data = dram.load_data(args, "cpu")
+    for x, _ in (data.validation, data.test):
+        assert (x[:, 0, 0] == (width - size) // 2).all()
+    offsets = torch.cat([x[:, 0, 0] for _ in range(9) for x, _ in dram.minibatches(args, data)])
+    assert set(offsets.tolist()) == set(range(width - size + 1))
+
+
 def test_learns_house_numbers_and_reads_them_from_both_sides(svhn, monkeypatch):
     """Small archives in the official format: the loader, the loss, the evaluation."""
     sizes = {"num_glimpses": 1, "width": 32, "lstm": 32}
@@ -862,6 +1081,180 @@ def test_gradient_location_rate_is_that_of_what_rewards_alone_train(tiny, tmp_pa
     begun = dram.make_networks(args).state_dict()
     kept = {name.split(".")[1] for name in begun if torch.equal(begun[name], trained[name])}
     assert kept == {"context", "lstm2", "emission"}
+
+
+class Watched:
+    """What a run without networks does: three minibatches an epoch, of 3, 3 and 1 images."""
+
+    def __init__(self, monkeypatch):
+        self.steps = []  # of each: the groups' rates, whether the optimizer begins, a draw
+        self.evaluations = []  # of each: the steps before it, its prefix, the set
+        self.drawings, self.losses, self.clock = [], [], 0.0
+        self.data = dram.Data(None, None, *(tuple(torch.rand(2, 1)) for _ in "vt"))
+        self.draw, step = None, dram.update
+
+        def make_networks(args):
+            names = ("glimpse", "emission")
+            parts = ({name: torch.nn.Linear(1, 1) for name in names} for _ in "fb")
+            return torch.nn.ModuleList(map(torch.nn.ModuleDict, parts))
+
+        def minibatches(args, data):
+            assert data is self.data
+            for size in (3, 3, 1):
+                self.clock += 2.0
+                self.draw = torch.rand(1).item()
+                yield torch.zeros(size), None
+
+        def minibatch_loss(nets, args, x, y):
+            told = self.losses.pop(0) if self.losses else float(len(self.steps))
+            loss = sum(p.square().sum() for p in nets.parameters()) * told
+            return loss, {"losses/cross_entropy": torch.tensor(told)}
+
+        def update(optimizer, loss):
+            rates = [group["lr"] for group in optimizer.param_groups]
+            self.steps.append((rates, not optimizer.state, self.draw))
+            step(optimizer, loss)
+
+        def evaluate(nets, args, x, y, prefix):
+            self.clock += 100.0
+            (of,) = (name for name in ("validation", "test") if (x, y) == getattr(self.data, name))
+            self.evaluations.append((len(self.steps), prefix, of))
+            return {f"{prefix}/error": len(self.steps) + (of == "test") / 2}
+
+        def draw_reading(net, args, x, y, path):
+            self.drawings.append((net, x, y, path))
+
+        def load_data(args, device):
+            return self.data
+
+        for part in (make_networks, minibatches, minibatch_loss, update, evaluate):
+            monkeypatch.setattr(dram, part.__name__, part)
+        for part in (load_data, draw_reading):
+            monkeypatch.setattr(dram, part.__name__, part)
+        watch = SimpleNamespace(perf_counter=lambda: self.clock, time=time.time)
+        monkeypatch.setattr(dram, "time", watch)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    return Watched(monkeypatch)
+
+
+def test_math_rates_decay_with_epochs_and_go_on_after_a_resume(watched, tmp_path, monkeypatch):
+    """As do the clock and Adam's moments; a run from --pretrained has the weights and no more."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    flags = {"learning_rate": 0.8, "location_rate": 0.25, "learning_rate_decay": 0.5}
+    args = Args(**DIGITS, **flags, epochs=3, seed=7, run_dir=str(tmp_path / "begun"))
+    metrics = dram.main(args)
+    begun, rates = watched.steps[:], [[0.8, 0.2], [0.4, 0.1], [0.2, 0.05], [0.1, 0.025]]
+    assert [step[0] for step in begun] == [rates[e] for e in range(3) for _ in range(3)]
+    assert [step[1] for step in begun] == [True] + [False] * 8
+    assert metrics["charts/learning_rate"] == 0.2 and metrics["charts/minutes"] == 18 / 60
+    del watched.steps[:]
+    checkpoint = str(tmp_path / "begun" / "checkpoint.pt")
+    resumed = dram.main(dataclasses.replace(args, resume=checkpoint, epochs=4, run_dir=""))
+    assert [step[:2] for step in watched.steps] == [(rates[3], False)] * 3
+    assert resumed["charts/learning_rate"] == 0.1 and resumed["charts/minutes"] == 24 / 60
+    assert seeds == [7 + 3]  # a GPU's state is not kept: other draws than at the begin
+    del watched.steps[:]
+    tuned = {"pretrained": checkpoint, "run_dir": str(tmp_path / "tuned"), "epochs": 1}
+    metrics = dram.main(dataclasses.replace(args, **tuned))
+    assert watched.steps == begun[:3] and metrics["charts/minutes"] == 6 / 60
+
+
+def test_math_report_has_means_over_an_epoch_and_its_speed(watched, tmp_path):
+    args = Args(**DIGITS, epochs=2, training_paths=4, run_dir=str(tmp_path))
+    metrics = dram.main(args)
+    assert metrics["losses/cross_entropy"] == (3 + 4 + 5) / 3
+    assert metrics["charts/SPS"] == pytest.approx((3 + 3 + 1) / 6)  # images, whatever their paths
+
+
+def test_math_evaluations_are_of_their_sets_and_at_their_epochs(watched, tmp_path):
+    """In between on validation images alone, at the end and with --evaluate on test images, too."""
+    args = Args(**DIGITS, epochs=5, eval_every=2, run_dir=str(tmp_path))
+    metrics = dram.main(args)
+    of_test = (15, "eval", "test")
+    between = [(steps, "validation", "validation") for steps in (6, 12, 15)]
+    assert watched.evaluations == [*between, of_test]
+    last = {"validation/error": 15, "eval/error": 15.5}
+    assert last.items() <= metrics.items()
+    with open(tmp_path / "metrics.csv") as file:
+        rows = [(step, tag, float(n)) for step, tag, n in csv.reader(file) if "error" in tag]
+    before = [("2", "validation/error", 6.0), ("4", "validation/error", 12.0)]
+    assert rows == before + [("5", tag, n) for tag, n in last.items()]
+    ((net, x, y, path),) = watched.drawings
+    assert (x, y) == watched.data.test and path == tmp_path / "reading.png"
+    written = torch.load(tmp_path / "checkpoint.pt")["net"]
+    assert torch.equal(net["emission"].weight, written["0.emission.weight"])  # left to right
+    del watched.evaluations[:]
+    evaluate = dataclasses.replace(args, run_dir="", evaluate=str(tmp_path / "checkpoint.pt"))
+    assert dram.main(evaluate) == last and len(watched.steps) == 15
+    assert watched.evaluations == [between[-1], of_test] and len(watched.drawings) == 1
+
+
+def test_bad_input_a_loss_that_is_no_number_stops_the_run(watched, tmp_path):
+    watched.losses[:] = [1.0] * 4 + [math.nan] * 9
+    with pytest.raises(dram.Diverged, match="The loss is nan in step 1 of epoch 2"):
+        dram.main(Args(**DIGITS, epochs=3, run_dir=str(tmp_path)))
+    assert len(watched.steps) == 4 and torch.load(tmp_path / "checkpoint.pt")["epoch"] == 1
+
+
+def test_bad_input_flags_that_shape_a_network_stay_as_they_were(watched, tmp_path):
+    flags = {"task": "addition", "model": "ram", "dataset": "mnist", "context": "none"}
+    flags |= {"glimpse_policy": "random", "patch_size": 10, "num_scales": 3}
+    flags |= {"num_glimpses": 5, "location_unit": 7.0}
+    changes = [(Args(**DIGITS), *change) for change in flags.items()]
+    changes += [(Args(**HOUSES, device="cpu"), "forward_backward", True)]
+    going_on = [(Args(**DIGITS), "bfloat16", True), (Args(**DIGITS), "optimizer", "sgd")]
+    going_on += [(Args(**HOUSES, device="cpu"), "svhn_size", 110)]
+    paths = {task: str(tmp_path / task / "checkpoint.pt") for task in ("pairs", "svhn")}
+    for args, _, _ in (changes[0], changes[-1]):
+        dram.main(dataclasses.replace(args, epochs=1, run_dir=str(tmp_path / args.task)))
+    for args, name, value in changes + going_on:
+        changed, path = dataclasses.replace(args, **{name: value}), paths[args.task]
+        sentence = f"made with {name}={getattr(args, name)}, not with {name}={value}"
+        for flag in ("resume", "evaluate", "pretrained"):
+            if flag != "resume" and (args, name, value) in going_on:
+                continue
+            with pytest.raises(SystemExit, match=sentence):
+                dram.main(dataclasses.replace(changed, **{flag: path}))
+        if (args, name, value) in going_on:
+            found = dram.main(dataclasses.replace(changed, evaluate=path))
+            assert found.keys() == {"validation/error", "eval/error"}
+
+
+def test_math_pictures_show_the_path_and_what_is_read_after_each_glimpse(monkeypatch, tmp_path):
+    monkeypatch.setitem(dram.SIZES, "svhn", SMALL._asdict())
+    figures, asked = [], []
+    monkeypatch.setattr(dram.plt, "close", figures.append)
+    monkeypatch.setattr(dram.plt.Figure, "savefig", lambda *_, **__: None)
+    l = torch.linspace(-2.9, 2.9, 24).view(2, 6, 2)
+    digits = torch.tensor([[1, 1, 2, 3, TERMINAL, TERMINAL], [7, 5, TERMINAL, 9, 9, 9]])
+
+    class Drawn(Scripted):
+        unit, classifier = 6, torch.nn.Identity()
+
+        def __call__(self, *arguments):
+            asked.append(arguments)
+            return dram.Reading(F.one_hot(digits, 11), None, None, None, l)
+
+    x, y = images(2, 54), torch.tensor([[1, 2, TERMINAL], [7, TERMINAL, NO_LABEL]])
+    args = Args(task="svhn", glimpse_policy="random", patch_size=10)
+    dram.draw_reading(Drawn(), args, x, y, tmp_path / "reading.png")
+    monkeypatch.undo()
+    dram.plt.close(figures[0])
+    assert len(asked) == 1 and torch.equal(asked[0][0], x) and asked[0][1:] == (6, "random")
+    titles = ("1 2 end", "read: 1 1, 2 3, end end"), ("7 end", "read: 7 5, end 9")
+    for i, (axis, T) in enumerate(zip(figures[0].axes, (6, 4))):
+        assert (axis.get_title(), axis.get_xlabel()) == titles[i]
+        assert np.array_equal(axis.images[0].get_array(), x[i])
+        places = 6 * l[i, :T].numpy() + 54 / 2  # pixels
+        np.testing.assert_allclose(axis.lines[0].get_xydata(), places, rtol=1e-5)
+        np.testing.assert_allclose(axis.collections[0].get_offsets(), places, rtol=1e-5)
+        corners = [patch.get_xy() for patch in axis.patches]
+        assert np.array_equal(corners, places.round() - 5)
+        assert {(patch.get_width(), patch.get_height()) for patch in axis.patches} == {(10, 10)}
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import toy_games
-from PIL import Image
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageSequence
 from running import processes_of, wait_for
 from torch.distributions import Categorical, kl_divergence
 
@@ -355,6 +359,79 @@ def test_math_dqn_updates_when_due_game_by_game_and_renews_its_target(tmp_path, 
     assert metrics[f"charts/episodic_length/{THIRD}"] == 10
 
 
+def test_math_dqn_loss_is_that_of_a_loop_over_the_steps_it_stored(tmp_path, monkeypatch):
+    """Clock's screen t is all t, every step earns 1 (clipped) and the seventh ends it."""
+    games = "toy_games:TruncatedClock-v0", "toy_games:Clock-v0"
+    args = tiny_dqn(tmp_path, env_ids=games, discount=0.7, batch_size=9)
+    net = policy_distillation.make_net(args, [2, 2])
+    learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
+    q = lambda net, t: np.array([t, -t]) / (10 if net is learner.net else 3)  # noqa: E731
+
+    def forward(net, s, g):
+        return torch.stack([torch.from_numpy(q(net, t)) for t in s[:, 0, 0, -1].tolist()])
+
+    def sample(memory, size, end):
+        return torch.zeros(size).long(), torch.arange(end - size, end)
+
+    monkeypatch.setattr(GameNetwork, "forward", forward)
+    monkeypatch.setattr(ScreenMemory, "sample", sample)
+    learner.learn(20)  # ten steps of each game, nine with a successor
+    for g, truncates in enumerate((True, False)):
+        losses = []
+        for step in range(9):
+            t, over = step % 7, step == 6
+            a = int(learner.memories[g].values[0, step, 0])
+            y = 1 + (0 if over else 0.7 * q(learner.target_net, t + 1).max())
+            error = abs(y - q(learner.net, t)[a])
+            huber = error**2 / 2 if error < 1 else error - 1 / 2
+            losses.append(0 if over and truncates else huber)
+        loss, q_tm1 = learner.loss(g)
+        assert loss.item() == pytest.approx(np.mean(losses), rel=1e-6) and len(q_tm1) == 9
+
+
+def test_math_dqn_explores_by_the_steps_of_all_games_and_acts_by_its_network(tmp_path, monkeypatch):
+    flags = {"epsilon_timesteps": 40, "final_epsilon": 0.2, "learning_starts": 1000}
+    args = tiny_dqn(tmp_path, env_ids=(SIDE, THIRD), **flags)
+    net = policy_distillation.make_net(args, [2, 3])
+    learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
+    asked, rates = [], []
+
+    def forward(net, s, game=0):
+        asked.append((net, game))
+        return torch.zeros(1, [2, 3][game])
+
+    def epsilon_greedy(q, epsilon):
+        rates.append(epsilon)
+        return torch.zeros(1).long()
+
+    monkeypatch.setattr(GameNetwork, "forward", forward)
+    monkeypatch.setattr(policy_distillation, "epsilon_greedy", epsilon_greedy)
+    reports = learner.learn(20), learner.learn(40)
+    assert rates == pytest.approx([1 - 0.8 * min(1, T / 40) for T in range(60)])
+    assert [report["charts/epsilon"] for report in reports] == pytest.approx([0.62, 0.2])
+    assert asked == [(net, T % 2) for T in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("eval_every", "evaluated"), [(0, [250]), (1, [100, 200, 250]), (2, [200, 250])]
+)
+def test_math_a_dqn_stops_at_its_last_step_and_is_evaluated_when_due(
+    eval_every, evaluated, tmp_path, monkeypatch
+):
+    def learn(learner, steps):
+        learner.steps += steps
+        return {}
+
+    monkeypatch.setattr(policy_distillation.DeepQLearner, "learn", learn)
+    args = tiny_dqn(tmp_path, total_timesteps=250, report_every=100, eval_every=eval_every)
+    net = policy_distillation.make_net(args, [2])
+    reports = [*policy_distillation.train_teacher(net, args, tmp_path / "memory", {})]
+    assert [(step, state["steps"]) for step, _, _, state in reports] == [
+        (step, step) for step in (100, 200, 250)
+    ]
+    assert [step for step, due, *_ in reports if due] == evaluated
+
+
 # ---- Games and replay ---------------------------------------------------------------------------
 
 
@@ -443,8 +520,41 @@ def test_math_memory_per_step_is_one_screen_and_the_estimate_counts_it(tmp_path,
     assert size == 1003 * (84 * 84 + 1 + 4 * 6) and memory.screens.nbytes == 1003 * 84 * 84
     policy_distillation.check_memory(Args(), [6])  # 540,000 screens
     assert "take up to 3.82 GB" in capsys.readouterr().out
-    policy_distillation.check_memory(Args(stage="teacher", dqn_memory_steps=10**6), [6])
-    assert "take up to 7.07 GB" in capsys.readouterr().out
+    policy_distillation.check_memory(Args(stage="teacher"), [6])  # and 25,000 from report to report
+    assert "take up to 7.25 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "shapes"),  # lanes, capacity, spare, width of each
+    [
+        ({"stage": "teacher"}, [(1, 7000, 500, 4)] * 2),
+        ({}, [(8, 4000, 0, 2), (8, 4000, 0, 3)]),
+        ({"online": True, "env_ids": (SIDE,)}, [(1, 7000, 6000, 4), (8, 4000, 0, 2)]),
+    ],
+)
+def test_math_replays_are_as_large_as_their_flags_and_the_estimate_counts_all(
+    flags, shapes, tmp_path, monkeypatch, capsys
+):
+    """Beside its capacity a DQN's keeps the steps from one checkpoint to the next."""
+    args = Args(env_ids=(SIDE, THIRD), dqn_memory_steps=7000, report_every=500, device="cpu")
+    args = dataclasses.replace(args, memory_steps=32_000, round_steps=6000, num_collectors=2)
+    args = dataclasses.replace(args, envs_per_collector=4, **flags)
+    num_actions, made = [2, 3][: len(args.env_ids)], []
+    monkeypatch.setattr(
+        policy_distillation, "ScreenMemory", lambda path, *sizes: made.append(sizes)
+    )
+    if args.stage == "teacher" or args.online:
+        net = policy_distillation.make_net(args, num_actions)
+        policy_distillation.DeepQLearner(net, args, tmp_path)
+    if args.stage == "distill":
+        policy_distillation.student_memories(args, tmp_path, num_actions)
+    assert made == shapes
+    size = sum(
+        lanes * (capacity + spare) * (84 * 84 + 1 + 4 * width)
+        for lanes, capacity, spare, width in shapes
+    )
+    policy_distillation.check_memory(args, num_actions)
+    assert f"take up to {size / 1e9:.2f} GB" in capsys.readouterr().out
 
 
 def test_math_demonstrations_explore_with_epsilon_and_keep_the_teachers_q(tmp_path):
@@ -470,6 +580,92 @@ def test_math_demonstrations_explore_with_epsilon_and_keep_the_teachers_q(tmp_pa
     args.teacher_epsilon, times = 0.0, range(100, 110)
     greedy = policy_distillation.demonstrate(games, teacher, write, times, 0, args)
     assert greedy == [10] * 20
+
+
+def collect_here(
+    monkeypatch, rank: int, given: tuple, states: list | None, rounds: int, wanted: int
+) -> list:
+    """What a collector puts on its log, run in this process from one round to another."""
+    alive = iter([True] * (wanted - rounds) + [False])
+    main_process, said = SimpleNamespace(is_alive=lambda: next(alive)), []
+    monkeypatch.setattr(policy_distillation.mp, "parent_process", lambda: main_process)
+    monkeypatch.setattr(policy_distillation.signal, "signal", lambda *_: None)
+    shared = SimpleNamespace(value=wanted), SimpleNamespace(put=said.append)
+    policy_distillation.collector(rank, *given, states, rounds, *shared)
+    return said
+
+
+def test_math_collectors_fill_their_lanes_round_after_round_with_play_of_their_own(
+    tmp_path, monkeypatch
+):
+    """Two rounds of two collectors, two games of each kind; then a third process goes on."""
+    args, calls = tiny(tmp_path, env_ids=(SIDE, THIRD)), []
+    teachers = [SimpleNamespace(num_actions=[A]) for A in (2, 3)]
+    given = args, tmp_path / "memory", teachers
+
+    def demonstrate(games, teacher, write, times, seed, args):
+        g = teachers.index(teacher)
+        calls.append(([game.state for game in games], seed))
+        for t in times:
+            write(t, torch.zeros(2, 84, 84, 4), [0, 0], torch.full((2, g + 2), 1.0 * len(calls)))
+        assert {game.env.action_space.n for game in games} == {g + 2}
+        return [float(len(calls))]
+
+    monkeypatch.setattr(policy_distillation, "demonstrate", demonstrate)
+    said = [line for rank in (0, 1) for line in collect_here(monkeypatch, rank, given, None, 0, 2)]
+    assert [(rank, returns) for rank, _, returns in said] == [
+        (0, [[1], [2]]), (0, [[3], [4]]), (1, [[5], [6]]), (1, [[7], [8]])
+    ]  # fmt: skip
+    assert [states for _, states, _ in said[::2]] == [
+        [calls[i][0], calls[i + 1][0]] for i in (0, 4)
+    ]
+    seeds = [seed for _, seed in calls]
+    assert len(set(seeds)) == 8  # no exploration twice
+    begun = [[seed for seed, _ in states] for states, _ in calls]
+    assert len({*begun[0], *begun[4]}) == 4  # and no game
+    for g in (0, 1):
+        memory = policy_distillation.student_memories(args, tmp_path / "memory", [2, 3])[g]
+        played = [[4 * rank + 2 * turn + g + 1 for turn in (0, 1)] for rank in (0, 0, 1, 1)]
+        expected = torch.tensor(played).repeat_interleave(30, 1)  # 240 / 8 steps of a lane
+        assert torch.equal(memory.values[:, :60, 0], expected.float())
+
+    calls.clear()
+    states = [[[(10 * rank + g, [0]), (10 * rank + g, [1, 0])] for g in (0, 1)] for rank in (0, 1)]
+    collect_here(monkeypatch, 1, given, states, 1, 2)
+    assert [states for states, _ in calls] == states[1] and [seed for _, seed in calls] == seeds[6:]
+
+
+def test_math_a_round_of_play_is_that_of_all_collectors(monkeypatch):
+    """Whoever is ready first, the states are in the order of the ranks."""
+    args, clock = tiny(Path(), env_ids=("a", "b")), iter([10.0, 12.0])
+    said = [(1, ["of 1"], [[4.0], []]), (0, ["of 0"], [[1.0, 2.0], [5.0]])]
+    log = SimpleNamespace(empty=lambda: not said, get=lambda: said.pop(0))
+    collectors, wanted = SimpleNamespace(join=lambda timeout: None), SimpleNamespace(value=3)
+    perf_counter = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(policy_distillation, "time", perf_counter)
+    states, metrics = policy_distillation.collect(collectors, args, wanted, log)
+    assert wanted.value == 4 and states == [["of 0"], ["of 1"]]
+    returns = {"charts/episodic_return/a": 7 / 3, "charts/episodic_return/b": 5}
+    assert metrics == returns | {"charts/SPS": 240 / 2}
+
+
+def test_math_a_dqn_trains_on_lives_and_all_others_play_whole_games(tmp_path, monkeypatch):
+    """A lost life ends an episode in training alone: scores are those of whole games."""
+    made, make_env = [], policy_distillation.make_env
+
+    def note(env_id, training=True):
+        made.append(training)
+        return make_env(env_id, training)
+
+    monkeypatch.setattr(policy_distillation, "make_env", note)
+    args, teacher = tiny_dqn(tmp_path, env_ids=(SIDE,)), hand_made_teacher(2)
+    learner = policy_distillation.DeepQLearner(teacher, args, tmp_path / "memory")
+    learner.load_state_dict(learner.state_dict())
+    assert made == [True, True]
+    policy_distillation.evaluate(teacher, SIDE, args)
+    given = tiny(tmp_path, env_ids=(SIDE,)), tmp_path / "memory", [teacher]
+    collect_here(monkeypatch, 0, given, None, 0, 0)
+    assert made[2:] == [False] * (args.eval_episodes + 2)
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------
@@ -498,7 +694,8 @@ def test_math_evaluation_is_the_same_for_all_and_leaves_the_random_numbers_alone
 def scored(student: dict[str, float], teachers: list[float]) -> dict[str, float]:
     """What evaluate_games tells of networks with these scores in the games a and b."""
 
-    def evaluate(Q, env_id, args):
+    def evaluate(Q, env_id, given):
+        assert given == args  # one protocol for all
         return {"episodic_return": Q if isinstance(Q, float) else student[env_id]}
 
     with pytest.MonkeyPatch.context() as patch:
@@ -532,6 +729,56 @@ def test_math_no_geometric_mean_of_scores_that_are_not_above_0(student, teacher,
     assert "No geometric mean" in told and f"a (student {student:.4g}, teacher" in told
 
 
+def test_math_films_show_the_teacher_left_and_the_student_right(tmp_path, monkeypatch):
+    """Of each game; the one that is over first shows its last picture."""
+    teachers, args = [lambda s: 10, lambda s: 20], Args(env_ids=("a", "b:c"))
+
+    def evaluate(Q, env_id, given, pictures):
+        assert given == dataclasses.replace(args, eval_episodes=1)
+        shade = Q(None)
+        for i in range(3 if shade in (10, 140) else 2):
+            pictures.append(np.full((84, 84), shade + i, np.uint8))
+
+    monkeypatch.setattr(policy_distillation, "evaluate", evaluate)
+    student = lambda s, game=0: 130 + 10 * game  # noqa: E731
+    policy_distillation.film_games(student, teachers, args, tmp_path)
+    for name, shown in (
+        ("a", [(10, 130), (11, 131), (12, 131)]),
+        ("b-c", [(20, 140), (21, 141), (21, 142)]),
+    ):
+        with Image.open(tmp_path / f"{name}.gif") as film:
+            frames = [frame.convert("L") for frame in ImageSequence.Iterator(film)]
+        assert frames[0].size == (168, 84)
+        assert [(f.getpixel((83, 83)), f.getpixel((84, 0))) for f in frames] == shown
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_math_pictures_show_the_policies_of_teacher_and_student(loss, tmp_path, monkeypatch):
+    """The temperature is the teacher's alone, unless the student tells Q-values, too."""
+    args = Args(env_ids=("a", "b"), loss=loss, temperature=0.5)
+    q = torch.tensor([0.3, 0.1]), torch.tensor([0.2, 0.4, 0.7])
+    S = torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.0, 2.0])
+    memories = [ScreenMemory(tmp_path / f"{g}", 1, 5, 0, len(q[g])) for g in (0, 1)]
+    for memory, values in zip(memories, q):
+        memory.values[:, :4] = values
+    bars, bar = [], Axes.bar
+
+    def note(axes, x, heights, *size, label):
+        bars.append((label, heights.tolist()))
+        return bar(axes, x, heights, *size, label=label)
+
+    monkeypatch.setattr(Axes, "bar", note)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    student = lambda s, game=0: S[game].expand(len(s), -1)  # noqa: E731
+    policy_distillation.draw_policies(student, memories, args, 4, tmp_path / "policies.png")
+    scale = 2 if loss == "mse" else 1
+    for g, shown in enumerate((bars[:6], bars[6:])):
+        assert [who for who, _ in shown] == ["teacher", "student"] * 3
+        for who, heights in shown:
+            logits = 2 * q[g] if who == "teacher" else scale * S[g]
+            assert heights == pytest.approx(Categorical(logits=logits).probs.tolist())
+
+
 # ---- Runs ---------------------------------------------------------------------------------------
 
 
@@ -554,6 +801,41 @@ def test_learns_each_loss_from_memory(loss, tmp_path):
         lane, t = memory.sample(50, 30)
         S = net(memory.stacks(lane, t))
         torch.testing.assert_close(S, memory.values_at(lane, t), atol=0.25, rtol=0)
+
+
+def test_math_a_rounds_updates_are_minibatches_of_games_drawn_at_random(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    args = tiny(tmp_path, env_ids=(SIDE, THIRD), batch_size=5, round_updates=400)
+    memories = policy_distillation.student_memories(args, tmp_path / "memory", [2, 3])
+    drawn, asked, updates = [], [], []
+
+    def sample(memory, size, end):
+        drawn.append((memories.index(memory), size, end))
+        return torch.zeros(size).long(), torch.zeros(size).long()
+
+    def student(s, game=0):
+        asked.append((game, len(s), 7))
+        return torch.zeros(len(s), [2, 3][game])
+
+    monkeypatch.setattr(ScreenMemory, "sample", sample)
+    monkeypatch.setattr(policy_distillation, "update", lambda *step: updates.append(step))
+    policy_distillation.learn_from_memories(student, None, memories, args, 7)
+    games = [game for game, *_ in drawn]
+    assert asked == drawn == [(game, 5, 7) for game in games] and len(updates) == 400
+    assert np.mean(games) == pytest.approx(0.5, abs=0.1)
+    again = np.equal(games[1:], games[:-1])  # not in turns
+    assert np.mean(again) == pytest.approx(0.5, abs=0.1)
+
+
+def test_math_reports_reach_tensorboard_and_metrics_csv(tmp_path, capsys):
+    shown = []
+    writer = SimpleNamespace(log_dir=str(tmp_path), add_scalar=lambda *point: shown.append(point))
+    for step in (3, 5):
+        policy_distillation.report(writer, step, {"losses/kl": 0.5 * step, "charts/UPS": 2.0})
+    points = [(tag, x, n) for n in (3, 5) for tag, x in (("losses/kl", n / 2), ("charts/UPS", 2))]
+    assert shown == points
+    assert reported(tmp_path) == {"losses/kl": {3: 1.5, 5: 2.5}, "charts/UPS": {3: 2, 5: 2}}
+    assert "losses/kl 2.5  charts/UPS 2" in capsys.readouterr().out
 
 
 def command(folder: Path, *flags: str) -> subprocess.Popen:
@@ -626,6 +908,17 @@ def note_checkpoints(monkeypatch, folder: Path) -> list[Path]:
     return copies
 
 
+def without_collectors(monkeypatch) -> None:
+    """Rounds in which nobody plays for the student: the memories stay as they are."""
+
+    @contextmanager
+    def nobody(*_):
+        yield
+
+    monkeypatch.setattr(policy_distillation, "collectors_at_work", nobody)
+    monkeypatch.setattr(policy_distillation, "collect", lambda *_: (None, {}))
+
+
 def assert_same_state(path: Path, other: Path) -> None:
     """Two checkpoints that differ in the time and the flag --resume alone."""
     first, second = (torch.load(p) for p in (path, other))
@@ -667,6 +960,111 @@ def test_learns_on_bit_for_bit_with_dqn(tmp_path, monkeypatch):
         shutil.copy(copies[again], path)
         policy_distillation.main(dataclasses.replace(args, run_dir="", resume=str(path)))
         assert_same_state(path, copies[2])
+
+
+def test_learns_on_bit_for_bit_with_an_online_dqn(tmp_path, monkeypatch):
+    """Its games, its replay, its high score and the teacher that had it go on, too."""
+    without_collectors(monkeypatch)
+    monkeypatch.setattr(policy_distillation, "draw_policies", lambda *_: None)
+    flags = {"round_steps": 50, "memory_steps": 100, "round_updates": 2, "eval_episodes": 2}
+    flags |= {"learning_starts": 10, "dqn_memory_steps": 40, "steps_per_update": 10}
+    args = tiny(tmp_path, env_ids=(SIDE,), online=True, target_period=30, batch_size=4, **flags)
+    copies = note_checkpoints(monkeypatch, tmp_path)
+    policy_distillation.main(args)
+    path = tmp_path / "run" / "checkpoint.pt"
+    for again in (2, 1):
+        shutil.copy(copies[again], path)
+        policy_distillation.main(dataclasses.replace(args, run_dir="", resume=str(path)))
+        assert_same_state(path, copies[3])
+
+
+def test_learns_from_all_rounds_so_far_and_is_evaluated_when_due(tmp_path, monkeypatch):
+    """Every second round and the last; then --resume makes the run longer."""
+    without_collectors(monkeypatch)
+    ends, teacher = [], teacher_file(tmp_path / "a.pt", SIDE, 2)
+
+    def learn(net, optimizer, memories, args, end):
+        ends.append(end)
+        return {}
+
+    def evaluate_games(*_):
+        return {"eval/rounds": float(len(ends))}
+
+    def draw_policies(net, memories, args, end, path):
+        assert end == ends[-1] and path == tmp_path / "run" / "policies.png"
+
+    for role in (learn, evaluate_games, draw_policies):
+        name = "learn_from_memories" if role is learn else role.__name__
+        monkeypatch.setattr(policy_distillation, name, role)
+    args = tiny(tmp_path, teachers=(teacher,), eval_every=2, total_rounds=3)
+    policy_distillation.main(args)
+    assert ends == [60, 120, 180]  # of each lane; 30 updates
+    assert reported(tmp_path / "run")["eval/rounds"] == {60: 2, 90: 3}
+    path = str(tmp_path / "run" / "checkpoint.pt")
+    policy_distillation.main(dataclasses.replace(args, run_dir="", resume=path, total_rounds=5))
+    assert ends[3:] == [240, 300]
+    assert reported(tmp_path / "run")["eval/rounds"] == {60: 2, 90: 3, 120: 4, 150: 5}
+
+
+def test_learns_on_with_the_minutes_it_had_after_sigterm(tmp_path, monkeypatch):
+    def train_teacher(net, args, folder, checkpoint):
+        steps = 100 + checkpoint.get("steps", 0)
+        yield steps, False, {}, {"net": net.state_dict(), "steps": steps}
+        if not checkpoint:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(policy_distillation, "train_teacher", train_teacher)
+    args, path = tiny_dqn(tmp_path), tmp_path / "run" / "checkpoint.pt"
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("not heeded"))
+    try:
+        with pytest.raises(SystemExit, match=r"^Stopped; go on with .* --resume .*checkpoint\.pt$"):
+            policy_distillation.main(args)
+        checkpoint = torch.load(path)
+        assert checkpoint["steps"] == 100 and 0 < checkpoint["seconds"] < 60
+        policy_distillation.save_checkpoint(path, **checkpoint | {"seconds": 6000.0})
+        resumed = dataclasses.replace(args, run_dir="", resume=str(path))
+        assert 100 < policy_distillation.main(resumed)["charts/minutes"] < 101
+        assert 6000 < torch.load(path)["seconds"] < 6060
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_learns_from_the_networks_of_its_seed(tmp_path, monkeypatch):
+    """A student, and the DQN beside which it learns."""
+    begun = []
+
+    def run_stage(net, teachers, args, checkpoint):
+        begun.append((dict(net.state_dict()), dict(teachers.state_dict())))
+        return {}
+
+    monkeypatch.setattr(policy_distillation, "run_stage", run_stage)
+    for seed in (1, 1, 2):
+        policy_distillation.main(tiny(tmp_path, env_ids=(SIDE,), online=True, seed=seed))
+    assert same(begun[0], begun[1])
+    assert not any(same(one, other) for one, other in zip(begun[0], begun[2]))
+
+
+def test_learns_nothing_with_evaluate_which_shows_what_the_checkpoint_holds(tmp_path, monkeypatch):
+    """An online teacher stands nowhere else."""
+    path, shown = tmp_path / "elsewhere" / "checkpoint.pt", []
+    args = tiny(tmp_path, env_ids=(SIDE,), online=True, capture_video=True, run_dir="")
+    net, teachers = GameNetwork(SIZES["net3"], [2]), torch.nn.ModuleList([hand_made_teacher(2)])
+    given = {"args": dataclasses.asdict(args), "teachers": teachers.state_dict()}
+    path.parent.mkdir()
+    policy_distillation.save_checkpoint(path, net=net.state_dict(), **given)
+
+    def note(net, teachers, args, *folder):
+        shown.append((dict(net.state_dict()), dict(teachers.state_dict()), *folder))
+        return {"eval/of": 1.0}
+
+    for name in ("evaluate_games", "film_games"):
+        monkeypatch.setattr(policy_distillation, name, note)
+    metrics = policy_distillation.main(dataclasses.replace(args, evaluate=str(path)))
+    assert metrics == {"eval/of": 1} and sorted(map(len, shown)) == [2, 3]
+    for ours, theirs, *folder in shown:
+        assert same(ours, dict(net.state_dict())) and same(theirs, dict(teachers.state_dict()))
+        assert folder in ([], [path.parent])
+    assert sorted(tmp_path.rglob("*")) == [path.parent, path]
 
 
 def test_learns_the_toy_game_as_a_teacher_and_serves_as_one(tmp_path):
@@ -809,11 +1207,31 @@ def test_bad_input_replays_that_are_missing_or_short(tmp_path, monkeypatch):
 
 
 def test_bad_input_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
-    (tmp_path / "run").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "run")
+    """On --resume; a new run finds out when it makes its metrics.csv."""
+    args, path = tiny_dqn(tmp_path), tmp_path / "run" / "checkpoint.pt"
+    net, given = policy_distillation.make_net(args, [2]), dataclasses.asdict(args)
+    path.parent.mkdir()
+    policy_distillation.save_checkpoint(path, net=net.state_dict(), args=given, memory={})
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != path.parent)
     with pytest.raises(SystemExit, match="run cannot be written to"):
-        policy_distillation.main(tiny_dqn(tmp_path))
-    assert not any((tmp_path / "run").iterdir())
+        policy_distillation.main(dataclasses.replace(args, run_dir="", resume=str(path)))
+    assert [*path.parent.iterdir()] == [path]
+
+
+def test_bad_input_another_recipe_on_resume_and_what_may_change(tmp_path):
+    args = tiny(tmp_path, teachers=(teacher_file(tmp_path / "a.pt", SIDE, 2),), run_dir="")
+    given = dataclasses.asdict(dataclasses.replace(args, env_ids=(SIDE,)))
+    net, path = GameNetwork(SIZES["net3"], [2]).state_dict(), tmp_path / "checkpoint.pt"
+    policy_distillation.save_checkpoint(path, net=net, args=given, memory={"teacher_0.ages": 1})
+    args = dataclasses.replace(args, resume=str(path))
+    other = {"loss": "nll", "temperature": 0.1, "memory_steps": 960, "round_steps": 480}
+    other |= {"round_updates": 3, "batch_size": 8, "learning_rate": 1e-4, "seed": 2}
+    for name, value in (other | {"optimizer": "rmsprop", "envs_per_collector": 4}).items():
+        with pytest.raises(SystemExit, match=f"made with {name}=.*, not with {name}={value}"):
+            policy_distillation.main(dataclasses.replace(args, **{name: value}))
+    may = {"total_rounds": 9, "eval_every": 1, "eval_episodes": 2, "eval_epsilon": 0.01}
+    with pytest.raises(SystemExit, match=r"The replays in .* are missing or not"):
+        policy_distillation.main(dataclasses.replace(args, **may, capture_video=True))
 
 
 @pytest.mark.parametrize("early", ["load_teacher", "make_net", "evaluate_games"])

@@ -16,16 +16,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
+import matplotlib.axes
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from running import ROOT, processes_of, wait_for
+from running import ROOT, Locked, processes_of, wait_for, work_here
 from scipy.stats import spearmanr
 from torch.distributions import Categorical, Normal, kl_divergence
 
@@ -64,6 +67,53 @@ class Tint(gym.Env):
 
 
 gym.register("Tint-v0", "test_straw:Tint")
+
+
+class Counted(gym.Env):
+    """The screen is the number of the step; a game ends after so many, by itself or cut."""
+
+    action_space = gym.spaces.Discrete(3)
+
+    def __init__(self, length: int, cut: bool):
+        self.length, self.cut, self.walk, self.seeds = length, cut, 0, []
+
+    def reset(self, *, seed=None, options=None):
+        self.t, self.walk_at_reset = 0, self.walk
+        self.seeds.append(seed)
+        return np.array([0]), {}
+
+    def step(self, action):
+        self.t += 1
+        over, info = self.t == self.length, {"optimal": 10.0 * self.length}
+        if over:
+            info["episode"] = {"r": -1.0 * self.length, "l": self.length, "t": 0.5}
+        reward = 7.0 * (-1) ** self.t
+        return np.array([self.t]), reward, over and not self.cut, over and self.cut, info
+
+
+class Counting(torch.nn.Module):
+    """Its state counts the steps of a game, its value tells all that it is given.
+
+    It takes the actions 1, 2, 0, 1, ... and looks at first and from the fourth step on.
+    """
+
+    def initial_state(self, K):
+        return (torch.zeros(K),)
+
+    def draw(self, state, fresh, generator):
+        return fresh | (state[0] >= 3), torch.zeros(len(fresh), 0)
+
+    def forward(self, seen, state):
+        (steps,) = torch.where(seen.fresh, 0, state[0]) + 1  # [K] of one step
+        value = steps + 100 * seen.a_before[0] + 1000 * seen.s[0, :, 0]
+        logits = 1e9 * F.one_hot(steps.long() % 3, 3)
+        y = torch.cat([logits, value[:, None]], 1)[None]
+        return straw.Output(y, (steps,), seen.g, 0, 0)
+
+
+def told_at(t: int) -> int:
+    """The value that Counting gives in step t of a game."""
+    return t + 1 + 100 * (t % 3) * (t > 0) + 1000 * t
 
 
 def cell(model: str = "straw") -> StrategicAttentiveWriter:
@@ -439,6 +489,30 @@ def test_math_committed_steps_do_not_look(model):
     assert looked_at == [played.seen.g.sum(), played.seen.g.numel()]
 
 
+def test_math_who_is_not_economic_looks_at_every_step():
+    net, args = policy("straw", economic=False)
+    looked_at = []
+    net.features.register_forward_pre_hook(lambda _, x: looked_at.append(len(x[0])))
+    played = some_trajectory(net, args)
+    assert set(looked_at) == {3} and not played.seen.g.all()
+    looked_at.clear()
+    net(played.seen, played.state)
+    assert looked_at == [played.seen.g.numel()]
+
+
+@pytest.mark.parametrize(("replan", "lengths"), [("always", {1}), ("random", {1, 2, 3, 4, 5})])
+def test_math_ablations_hold_in_training_and_in_evaluation(replan, lengths):
+    net, args = policy("strawe", replan=replan, maze_size=11)
+    envs = [straw.make_env(args) for _ in range(2)]
+    played = islice(straw.rollouts(envs, [0, 1], net, 40), 5)
+    trained = torch.cat([trajectory.seen.g for trajectory, _ in played])
+    games = straw.whole_games(net, [Maze(11, 0.05) for _ in range(3)], 5)
+    tested = torch.stack([seen.g for _, seen, *_ in games])
+    for g in (trained, tested):
+        opened = [g[:, k].nonzero().flatten().tolist() for k in range(g.shape[1])]
+        assert {j - i for places in opened for i, j in pairwise(places)} == lengths
+
+
 def test_math_the_lstm_sees_the_action_before_and_forgets_between_episodes():
     net, _ = policy("lstm")
     N = 4
@@ -540,6 +614,119 @@ def test_math_a_trajectory_that_is_cut_is_valued_at_the_state_reached():
         assert torch.equal(rollout.seen.a_before[1:], rollout.a_tm1[:-1])
         before = rollout
     assert moved
+
+
+def test_math_rollouts_carry_states_actions_and_beginnings_across_their_ends():
+    """A game of 3 steps that ends and one of 5 that is cut, in pieces of 4 or up to both ends."""
+    lengths, cuts = (3, 5), (False, True)
+    envs = [Counted(length, cut) for length, cut in zip(lengths, cuts)]
+    t, a_before, finished = [0, 0], [0, 0], 0
+    for played, games in islice(straw.rollouts(envs, [11, 22], Counting(), 4), 12):
+        before, steps, over = finished, len(played.r_t), [False, False]
+        for k in range(2):
+            assert t[k] == 0 or played.state[0][k] == t[k]
+        for n in range(steps):
+            assert n == 0 or over != [True, True]
+            for k, cut in enumerate(cuts):
+                i = t[k]
+                assert played.seen.s[n, k].item() == i and played.seen.fresh[n, k] == (i == 0)
+                assert played.seen.g[n, k] == (i == 0 or i >= 3)
+                assert played.seen.a_before[n, k] == a_before[k]
+                assert played.a_tm1[n, k] == (i + 1) % 3 and played.r_t[n, k] == (-1) ** (i + 1)
+                over[k] = i + 1 == lengths[k]
+                assert played.terminated[n, k] == (over[k] and not cut)
+                assert played.truncated[n, k] == (over[k] and cut)
+                if (over[k] and cut) or (n == steps - 1 and not over[k]):
+                    assert played.v_t[n, k] == told_at(i + 1)
+                t[k], a_before[k] = (0 if over[k] else i + 1), (i + 1) % 3
+                finished += over[k]
+        assert steps == 4 or over == [True, True]
+        assert len(games) == finished - before
+    assert finished > 10 and sum(len(env.seeds) for env in envs) == 2 + finished
+    assert envs[0].seeds[:2] == [11, None] and set(envs[1].seeds[1:]) == {None}
+
+
+def test_math_whole_games_end_one_by_one_and_go_on_from_step_to_step():
+    watched = []
+    envs = [Counted(5, True), Counted(3, False)]
+    steps = list(straw.whole_games(Counting(), envs, 1, lambda: watched.append(1)))
+    assert [env.seeds for env in envs] == [[i] for i in straw.independent_seeds(2, 1)]
+    assert [playing for playing, *_ in steps] == [[0, 1]] * 3 + [[0]] * 2 and len(watched) == 5
+    for i, (playing, seen, out, ended) in enumerate(steps):
+        assert (seen.fresh == (i == 0)).all()
+        for k in playing:
+            assert seen.s[k].item() == i and out.y[0, k, -1] == told_at(i)
+            assert seen.g[k] == (i == 0 or i >= 3)
+        over = {2: [(3, True)], 4: [(5, False)]}.get(i, [])
+        assert [(info["episode"]["l"], info["solved"]) for info in ended] == over
+
+
+@pytest.mark.parametrize("model", ["strawe", "lstm"])
+def test_math_evaluation_repeats_itself_and_leaves_random_numbers_alone(model):
+    net, args = policy(model)
+    before = torch.get_rng_state()
+    metrics = straw.evaluate(net, args, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(77)
+    assert straw.evaluate(net, args, 0) == metrics
+
+
+def test_math_the_noise_of_games_and_text_is_standard_normal():
+    net, _ = policy("strawe")
+    fresh, plan = torch.zeros(20_000).bool(), net.initial_state(20_000)
+    told = [net.draw(plan, fresh, generator)[1] for generator in (None, torch.Generator())]
+    reader = straw.TextModel(Args(**TEXT | {"model": "strawe"}))
+    reader.straw.register_forward_pre_hook(lambda _, given: told.append(given[1]))
+    x = torch.zeros(20, 1000).long()
+    reader(x, reader.initial_state(1000))
+    assert [tuple(eps.shape) for eps in told] == [(20_000, 5)] * 2 + [(20, 1000, 5)]
+    for eps in told:
+        eps = eps.flatten(0, -2)  # [20,000, d]
+        torch.testing.assert_close(eps.mean(0), torch.zeros(5), atol=0.04, rtol=0)
+        torch.testing.assert_close(eps.T.cov(), torch.eye(5), atol=0.06, rtol=0)
+
+
+def test_math_flags_shape_mazes_and_readers():
+    env = straw.make_env(Args(maze_size=7, maze_reward=0.2)).unwrapped
+    assert (env.S, env.r) == (7, 0.2)
+    for model, size in (("straw", 16), ("strawe", 16), ("lstm", 16), ("ff", 50)):
+        net = straw.TextModel(Args(**TEXT | {"model": model}))
+        assert net.size == size and (net.lstm is None or net.lstm.hidden_size == 16)
+
+
+def test_math_rate_and_norm_are_those_of_the_task_unless_given():
+    for task, expected in (("maze", (5e-4, 40)), ("atari", (5e-4, 40)), ("text", (1, 0.5))):
+        args = straw.with_defaults(Args(task=task))
+        assert (args.learning_rate, args.max_gradient_norm) == expected
+        args = straw.with_defaults(Args(task=task, learning_rate=0.3, max_gradient_norm=7))
+        assert (args.learning_rate, args.max_gradient_norm) == (0.3, 7)
+
+
+@pytest.mark.parametrize("task", ["maze", "text"])
+def test_gradient_is_scaled_down_to_the_norm_of_the_flag(task):
+    net, args = policy("strawe", max_gradient_norm=1e-3)
+    if task == "text":
+        args = dataclasses.replace(args, **TEXT | {"model": "strawe", "noise_cost": 0.1})
+        net, (x, y) = straw.TextModel(args), torch.randint(0, 50, (2, 10, 4))
+    theta, before = list(net.parameters()), [p.detach().clone() for p in net.parameters()]
+    if task == "text":
+        state = net.initial_state(4)
+        torch.manual_seed(1)
+        loss, _ = straw.text_loss(net(x, state), y, args)
+    else:
+        played, optimizer = some_trajectory(net, args), straw.SharedRMSProp(theta, 1.0, 1.0)
+        loss, _ = straw.straw_loss(net, played, args)
+    gradients = torch.autograd.grad(loss, theta, allow_unused=True, materialize_grads=True)
+    torch.manual_seed(1)  # the same gates and noise
+    if task == "text":
+        _, watched = straw.update_text(net, x, y, state, 5.0, args)
+    else:
+        watched = straw.update(net, optimizer, played, 5.0, args)  # a step as that of SGD
+    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+    assert norm > 1e-3 and watched["losses/gradient_norm"] == pytest.approx(norm, rel=1e-3)
+    assert watched["charts/learning_rate"] == 5.0
+    for p, b, g in zip(theta, before, gradients):
+        torch.testing.assert_close(p.detach(), b - 5e-3 * g / norm, atol=1e-6, rtol=0)
 
 
 @each_model
@@ -731,6 +918,80 @@ def test_math_replan_rates_of_a_hand_made_maze(junction):
     assert len(rates) == 2
 
 
+def pictures(monkeypatch) -> list[tuple]:
+    """What is given to imshow from now on, with its keywords."""
+    shown, imshow = [], matplotlib.axes.Axes.imshow
+
+    def showing(axes, image, **how):
+        shown.append((np.array(image), how))
+        return imshow(axes, image, **how)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", showing)
+    return shown
+
+
+def test_math_the_map_of_replans_has_rows_downwards(tmp_path, monkeypatch):
+    shown, random = pictures(monkeypatch), np.random.default_rng(0)
+    walls, visits = straw.carve(7, random).astype(int), random.integers(1, 9, (7, 7))
+    visits[3, 1], replans = 0, random.integers(0, 3, (7, 7))
+    straw.draw_replans(np.stack([walls, visits, replans]), tmp_path / "replans.png")
+    (below, _), (share, how) = shown
+    assert np.array_equal(np.isnan(below), walls == 0) and "origin" not in how
+    assert np.isnan(share[3, 1]) and np.isnan(share).sum() == 1
+    for i, j in np.argwhere(visits > 0):
+        assert share[i, j] == pytest.approx(replans[i, j] / visits[i, j])
+
+
+def test_math_the_picture_of_commitments_is_in_percent_of_each_period(tmp_path, monkeypatch):
+    shown, histogram = pictures(monkeypatch), torch.zeros(straw.PERIODS, straw.LONGEST + 1).long()
+    histogram[3, :4] = torch.tensor([9, 1, 0, 3])  # age 0: there was no macro-action
+    histogram[49, 40] = 5
+    straw.draw_commitments(histogram, tmp_path / "commitments.png")
+    ((percent, how),) = shown
+    assert percent.shape == (40, 50) and how["origin"] == "lower"  # length 1 lies lowest
+    assert how["extent"] == (0, 100, 0.5, 40.5)
+    found = {(i + 1, j): percent[i, j] for i, j in np.argwhere(percent)}
+    assert found == {(1, 3): 25, (3, 3): 75, (40, 49): 100}
+
+
+@pytest.mark.parametrize("task", ["maze", "atari"])
+def test_math_the_film_shows_one_game_after_another_as_in_evaluation(task, tmp_path, monkeypatch):
+    """The newest screen, the policy that is planned without V, and c; a second game from step 3."""
+    flags = {"task": task, "env_id": "test_straw:Tint-v0", "curriculum_period": 10}
+    net, args = policy("straw", **flags)
+    make_env, whole_games, games, kept, shown = straw.make_env, straw.whole_games, [], [], []
+
+    def make_one(*arguments, **how):
+        games.append(how)
+        return make_env(*arguments, **how)
+
+    def short_games(net, envs, seed):
+        games.append((seed, getattr(envs[0].unwrapped, "walk", None)))
+        for playing, seen, out, ended in islice(whole_games(net, envs, seed), 3):
+            kept.append((seen, out))
+            yield playing, seen, out, ended
+
+    set_data = matplotlib.image.AxesImage.set_data
+
+    def show(axes, image):
+        shown.append(np.array(image))
+        set_data(axes, image)
+
+    monkeypatch.setattr(matplotlib.image.AxesImage, "set_data", show)
+    monkeypatch.setattr(straw, "make_env", make_one)
+    monkeypatch.setattr(straw, "whole_games", short_games)
+    monkeypatch.setattr(straw, "FILMED_STEPS", 4)
+    straw.film_plan(net, args, 25, tmp_path / "plan.gif")
+    walk = 4 if task == "maze" else None
+    assert games == [{"training": False}, (args.seed, walk), (args.seed + 1, walk)]
+    assert len(kept) == 4 and len(shown) == 3 + 3 * 4  # three when the axes are made
+    for (seen, out), screen, planned, c in zip(kept, shown[3::3], shown[4::3], shown[5::3]):
+        assert np.array_equal(screen, seen.s[0, ..., -3:])
+        logits = out.state.A[0, :-1, :20].double()
+        np.testing.assert_allclose(planned, Categorical(logits=logits.T).probs.T, atol=1e-6)
+        np.testing.assert_array_equal(c, out.state.c)
+
+
 def test_math_replans_are_counted_where_the_agent_stands():
     net, args = policy("straw", maze_size=7)
     counted = straw.count_replans(net, args)
@@ -824,6 +1085,125 @@ def test_math_the_loss_of_text_is_a_mean_with_the_costs():
     nll = -Categorical(logits=out.y).log_prob(y).mean().item()
     assert loss.item() == pytest.approx(nll + (0.1 * 7 + 0.2 * 4) / 6, rel=1e-5)
     assert watched["losses/bits_per_character"] == pytest.approx(nll / math.log(2), rel=1e-5)
+
+
+def random_text(length: int) -> str:
+    """Its last tenth has other n-grams than what is before it."""
+    random, cut = np.random.default_rng(0), length * 9 // 10
+    parts = random.integers(0, 9, cut), random.choice(9, length - cut, p=np.arange(9) / 36)
+    return "".join("abcdefghi"[i] for part in parts for i in part)
+
+
+@pytest.mark.parametrize("model", ["straw", "lstm"])
+def test_math_text_is_tested_on_its_rest_as_one_long_piece(model, tmp_path):
+    args, text = Args(**TEXT | {"model": model}, seed=3), straw.encode(random_text(4000))
+    torch.manual_seed(0)
+    net, (alphabet, train, test) = straw.TextModel(args), text
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    before = torch.get_rng_state()
+    histogram = torch.zeros(straw.PERIODS, straw.LONGEST + 1).long()
+    metrics = straw.evaluate_text(net, args, text, histogram, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+    columns = test[:400].view(4, 100).T
+    torch.manual_seed(3)
+    with torch.no_grad():
+        out = net(columns[:-1], net.initial_state(4))
+    nll = -Categorical(logits=out.y).log_prob(columns[1:]).mean().item()
+    assert metrics["eval/bits_per_character"] == pytest.approx(nll / math.log(2), rel=1e-5)
+    committed = 100 * (1 - out.g.float().mean().item())
+    assert metrics["eval/committed"] == pytest.approx(committed)
+    assert (committed == 0) == (model == "lstm")
+    if model == "straw":
+        expected, written = [], out.y.argmax(-1)
+        for length in (3, 4):
+            used, of = straw.macro_actions(written, out.g, length), straw.ngrams(train, length)
+            rows = straw.rank_macro_actions(used, of, alphabet)
+            assert (
+                len(rows) > 1
+                and metrics.items() >= straw.macro_action_metrics(rows, length).items()
+            )
+            expected += [[str(entry) for entry in (length, *row)] for row in rows]
+        with open(tmp_path / "macro_actions.csv", encoding="utf-8") as file:
+            assert list(csv.reader(file))[1:] == expected
+
+
+def test_math_the_picture_of_macro_actions_has_ranks_by_use_along_x(tmp_path, monkeypatch):
+    points, labels = [], []
+    axes, plot = matplotlib.axes.Axes, matplotlib.axes.Axes.plot
+    monkeypatch.setattr(axes, "plot", lambda *a, **b: (points.append(a[1:3]), plot(*a, **b))[1])
+    monkeypatch.setattr(axes, "text", lambda _, *a, **how: labels.append(a))
+    tables = {3: [(1, "a c", 9, 70, 3)], 4: [(1, "abcd", 8, 5, 40), (2, "bc\nd", 7, 6, 39)]}
+    straw.draw_macro_actions(tables, tmp_path / "macro_actions.png")
+    assert points == [(1, 70), (1, 5), (2, 6)]
+    assert labels == [(1, 70, " a_c"), (1, 5, " abcd"), (2, 6, r" bc\nd")]
+
+
+def test_math_text_is_learned_in_order_again_and_again_at_a_falling_rate(tmp_path, monkeypatch):
+    """7 pieces, and again: 16 in all. Reported are means since the report before."""
+    (tmp_path / "text.txt").write_text(random_text(330))
+    args = Args(**TEXT, text_file=str(tmp_path / "text.txt"), run_dir=str(tmp_path / "run"))
+    args = dataclasses.replace(args, learning_rate=2.0, total_timesteps=16 * 40)
+    pieces, tested = [], []
+
+    def update_text(net, x, y, state, learning_rate, _):
+        out = net(x, state)
+        pieces.append((x, y, state, learning_rate, out))
+        return out, {"losses/piece": float(len(pieces))}
+
+    def evaluate_text(net, given, text, *_):
+        tested.append(text)
+        return {"eval/pieces": len(pieces)}
+
+    monkeypatch.setattr(straw, "update_text", update_text)
+    monkeypatch.setattr(straw, "evaluate_text", evaluate_text)
+    straw.main(dataclasses.replace(args, report_every=160, eval_every=240))
+    text = straw.encode(random_text(330))
+    columns, start = straw.side_by_side(text[1], 4), straw.TextModel(args).initial_state(4)
+    expected, opened, now = Counter(), {}, 0
+    for i, (x, y, state, learning_rate, out) in enumerate(pieces):
+        place = i % 7 * 10
+        assert torch.equal(x, columns[place : place + 10])
+        assert torch.equal(y, columns[place + 1 : place + 11])
+        assert learning_rate == pytest.approx(2 * (1 - i / 16))
+        before = pieces[i - 1][-1].state if place else start
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(state, before, strict=True))
+        assert not any(part.requires_grad for part in state)
+        for g_t in out.g:
+            for b in g_t.nonzero().flatten().tolist():
+                length = min(40, now - opened.get(b, now))
+                expected[min(49, 50 * (i + 1) // 16), length] += 1
+                opened[b] = now
+            now += 1
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt")
+    found = {
+        (i, n): of[n].item() for i, of in enumerate(checkpoint["histogram"]) for n in range(1, 41)
+    }
+    assert {place: n for place, n in found.items() if n} == {
+        p: n for p, n in expected.items() if p[1]
+    }
+    assert len(pieces) == 16 and checkpoint["T"] == 640
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        rows = [(int(step), tag, float(value)) for step, tag, value in csv.reader(file)]
+    told = {
+        tag: [row[::2] for row in rows if row[1] == tag] for tag in ("losses/piece", "eval/pieces")
+    }
+    assert told["losses/piece"] == [(160, 2.5), (320, 6.5), (480, 10.5), (640, 14.5)]
+    assert told["eval/pieces"] == [(320, 8), (480, 12), (640, 16)]
+    for theirs in tested:
+        assert all(torch.equal(a, b) for a, b in zip(theirs[1:], text[1:]))
+
+
+def test_math_time_spent_before_counts_when_text_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(straw, "evaluate_text", lambda *_: {})
+    args = Args(**TEXT, text_file=periodic_text(tmp_path), total_timesteps=40)
+    straw.main(dataclasses.replace(args, run_dir=str(tmp_path)))
+    path = tmp_path / "checkpoint.pt"
+    straw.save_checkpoint(path, **torch.load(path) | {"seconds": 6000.0})
+    on = straw.main(dataclasses.replace(args, resume=str(path), total_timesteps=80))
+    assert 100 < on["charts/minutes"] < 101
 
 
 def periodic_text(folder: Path) -> str:
@@ -925,6 +1305,162 @@ def test_learns_something_in_processes_then_evaluates_and_goes_on(tmp_path, monk
         torch.testing.assert_close(after["net"][name], value, atol=1e-6, rtol=0)
 
 
+def test_math_worker_follows_algorithm_s2(monkeypatch):
+    """Copy, play, count, update, again; goals move away with the steps of all workers."""
+    args = Args(**TOY | {"learning_rate": 0.5}, model="straw", envs_per_worker=3, t_max=4)
+    args = dataclasses.replace(args, total_timesteps=400, curriculum_period=50)
+    shared = straw.make_policy(args)
+    optimizer = straw.SharedRMSProp(list(shared.parameters()), 0.99, 0.1)
+    histogram = torch.zeros(straw.PERIODS, straw.LONGEST + 1).long()
+    T, told, rates, gates, walks = Locked(40), [], [], [], []
+    rollouts, seeds = straw.rollouts, straw.independent_seeds(5, args.seed, 7, 40)
+    game = {"episode": {"r": 3.5, "l": 12}, "optimal": 0.25}
+
+    def played(envs, given_seeds, net, t_max):
+        assert given_seeds == seeds[:3] and len(envs) == 3 and t_max == 4
+        assert torch.initial_seed() == seeds[4]
+        for trajectory, _ in rollouts(envs, given_seeds, net, t_max):
+            walks.append([env.unwrapped.walk for env in envs])
+            played.net = net
+            yield trajectory, [game]
+
+    def update(net, given_optimizer, trajectory, learning_rate, given_args):
+        assert given_optimizer is optimizer and given_args is args
+        assert net is played.net and net is not shared
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), shared.parameters()))
+        gates.append(trajectory.seen.g)
+        rates.append(learning_rate)
+        assert T.value == 40 + sum(g.numel() for g in gates)
+        with torch.no_grad():
+            for parameter in shared.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)
+        return {"losses/gradient_norm": math.nan if len(rates) == 3 else 2.0}
+
+    monkeypatch.setattr(straw, "rollouts", played)
+    arguments = (args, 40, shared, optimizer, histogram, T, SimpleNamespace(put=told.append))
+    work_here(monkeypatch, straw, 6, arguments, update)
+    steps = [40, *(40 + np.cumsum([g.numel() for g in gates])).tolist()]
+    assert steps[-2] < 400 <= steps[-1]
+    assert rates == pytest.approx([0.5 * max(0, 1 - step / 400) for step in steps[1:]])
+    assert walks == [[2 + step // 50] * 3 for step in steps[:-1]]
+    expected, opened, now = Counter(), {}, 0
+    for step, g in zip(steps[1:], gates):
+        for g_t in g:
+            for k in g_t.nonzero().flatten().tolist():
+                length = min(40, now - opened.get(k, now))
+                expected[min(49, int(50 * (step / 400))), length] += 1
+                opened[k] = now
+            now += 1
+    found = {(i, n): histogram[i, n].item() for i, n in np.argwhere(histogram.numpy()).tolist()}
+    assert found == expected
+    for tag, value in (("episodic_return", 3.5), ("episodic_length", 12), ("optimal_return", 0.25)):
+        assert [row[1:] for row in told if row[0] == f"charts/{tag}"] == [
+            (value, step) for step in steps[1:]
+        ]
+    norms = [(value, step) for tag, value, step in told if tag == "losses/gradient_norm"]
+    assert norms[0] == (2.0, steps[1]) and math.isnan(norms[1][0]) and norms[1][1] == steps[3]
+    assert len(norms) == 2
+
+
+def test_math_evaluation_counts_only_games_that_are_not_over(monkeypatch):
+    """Games of 3 steps that end at the goal and of 5 that are cut, in mazes of their time."""
+    made, watched, net = [], [], Counting()
+
+    def make_env(args, training=True):
+        assert not training
+        made.append(Counted(*((3, False), (5, True))[len(made) % 2]))
+        return made[-1]
+
+    monkeypatch.setattr(straw, "make_env", make_env)
+    args = Args(**TOY | {"eval_episodes": 4}, curriculum_period=100)
+    metrics = straw.evaluate(net, args, 350, lambda: watched.append(1))
+    assert [env.walk_at_reset for env in made] == [5] * 4 and len(watched) == 5
+    assert metrics == {
+        "eval/episodic_return": -4,
+        "eval/episodic_return_std": 1,
+        "eval/episodic_length": 4,
+        "eval/committed": 50,  # of 3 steps 1 and of 5 steps 3 replan
+        "eval/optimal_return": 40,
+        "eval/solved": 50,
+    }
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_math_a_run_of_games_begins_with_its_seed_or_goes_on(resumed, tmp_path, monkeypatch):
+    """What the workers share, what is saved of it, and what a report evaluates and draws."""
+    args = Args(**TOY, model="straw", rmsprop_decay=0.7, rmsprop_eps=0.3, total_timesteps=999)
+    path, calls = tmp_path / "checkpoint.pt", []
+    torch.manual_seed(args.seed)
+    net = straw.make_policy(args)
+    saved = {"T": 0, "seconds": 0.0, "g": [torch.zeros_like(p) for p in net.parameters()]}
+    saved["histogram"] = torch.zeros(straw.PERIODS, straw.LONGEST + 1).long()
+    if resumed:
+        net, _ = policy("straw", seed=9)
+        saved = {"T": 321, "seconds": 60.0, "g": [torch.rand_like(p) for p in net.parameters()]}
+        saved["histogram"] = torch.randint(0, 9, (straw.PERIODS, straw.LONGEST + 1))
+        state = {"net": net.state_dict(), "args": dataclasses.asdict(args)}
+        straw.save_checkpoint(path, **saved, **state)
+
+    def watch():
+        pass
+
+    def note(name, result=None):
+        def noted(*arguments):
+            calls.append((name, *arguments))
+            return result
+
+        monkeypatch.setattr(straw, name, noted)
+
+    def supervise(role, arguments, given, T, log, writer, seconds, save, evaluate_now):
+        given_args, first_step, shared, optimizer, histogram, *rest = arguments
+        assert role is straw.worker and given is given_args and rest == [T, log]
+        assert T.value == first_step == saved["T"] and seconds == saved["seconds"]
+        assert given.learning_rate == 1e-3 and given.max_gradient_norm == 40
+        assert (optimizer.decay, optimizer.eps) == (0.7, 0.3)
+        assert all(a is b for a, b in zip(optimizer.theta, shared.parameters(), strict=True))
+        for a, b in zip(shared.parameters(), net.parameters(), strict=True):
+            assert torch.equal(a, b) and a.is_shared()
+        for a, b in zip(optimizer.g, saved["g"], strict=True):
+            assert torch.equal(a, b) and a.is_shared()
+        assert torch.equal(histogram, saved["histogram"]) and histogram.is_shared()
+
+        metrics = evaluate_now(500, watch)
+        agent = calls[0][1]
+        assert agent is not shared and agent.straw.b is not shared.straw.b
+        assert calls == [
+            ("evaluate", agent, given, 500, watch),
+            ("draw_commitments", histogram, tmp_path / "commitments.png"),
+            ("film_plan", agent, given, 500, tmp_path / "plan.gif"),
+            ("count_replans", agent, given, watch),
+            ("draw_replans", "counted", tmp_path / "replans.png"),
+            ("replan_rates", "counted"),
+        ]
+        with torch.no_grad():
+            shared.straw.b += 5
+        optimizer.g[0].fill_(6)
+        histogram.fill_(7)
+        save(T=777, seconds=99.0)
+        return metrics
+
+    note("evaluate", {"eval/episodic_return": 1.0})
+    note("count_replans", "counted")
+    note("replan_rates", {"eval/replans_at_turns": 2.0})
+    for name in ("draw_commitments", "film_plan", "draw_replans"):
+        note(name)
+    monkeypatch.setattr(straw, "supervise", supervise)
+    torch.manual_seed(5)  # main has a seed of its own
+    metrics = straw.main(
+        dataclasses.replace(
+            args, **{"resume": str(path)} if resumed else {"run_dir": str(tmp_path)}
+        )
+    )
+    assert metrics == {"eval/episodic_return": 1.0, "eval/replans_at_turns": 2.0}
+    after = torch.load(path)
+    assert after["T"] == 777 and after["seconds"] == 99 and (after["histogram"] == 7).all()
+    assert (after["g"][0] == 6).all() and after["net"]["straw.b"] == net.straw.b.detach() + 5
+    assert all(torch.equal(a, b) for a, b in zip(after["g"][1:], saved["g"][1:], strict=True))
+
+
 @pytest.mark.parametrize("model", ["strawe", "lstm"])
 def test_math_games_of_others_are_played_in_colour(model):
     """One worker's part of a run on screens, without the processes."""
@@ -986,6 +1522,55 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
         straw.main(dataclasses.replace(args, **flags))
     assert isinstance(stop.value.code, str)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.pt", "short.txt"]
+
+
+def test_math_text_comes_from_the_file_or_the_folder_of_data(tmp_path, monkeypatch):
+    """A set that lies there is not fetched again, one that is fetched lies there afterwards."""
+    monkeypatch.setattr(straw, "SHAKESPEARE_MD5", straw.hashlib.md5(b"to be").hexdigest())
+    fetched, args = [], Args(task="text", data_dir=str(tmp_path / "sets"))
+    monkeypatch.setattr(straw, "download", lambda *told: (fetched.append(told), b"to be")[1])
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "sets" / "ptb").mkdir(parents=True)
+    (tmp_path / "sets" / "ptb" / "ptb.train.txt").write_text("<unk>")
+    for dataset in ("pydoc", "ptb", "tinyshakespeare"):
+        mine = dataclasses.replace(args, dataset=dataset, text_file=str(tmp_path / "mine.txt"))
+        assert straw.read_text(mine) == "mine"
+        with pytest.raises(SystemExit, match=r"none.txt is missing"):
+            straw.read_text(dataclasses.replace(mine, text_file=str(tmp_path / "none.txt")))
+    assert straw.read_text(dataclasses.replace(args, dataset="ptb")) == "<unk>" and not fetched
+    for _ in range(2):
+        assert straw.read_text(dataclasses.replace(args, dataset="tinyshakespeare")) == "to be"
+    path = tmp_path / "sets" / "tinyshakespeare" / "input.txt"
+    assert path.read_text() == "to be" and [told[:2] for told in fetched] == [
+        (straw.SHAKESPEARE_URL, path)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "flags"),
+    [
+        ("maze", {"model": "strawe", "replan": "always", "plan_length": 21, "plan_filters": 4}),
+        ("maze", {"noise_size": 6, "maze_size": 7, "maze_reward": 0.1, "curriculum_period": 9}),
+        ("atari", {"env_id": "test_straw:Hue-v0", "replan": "random", "task": "maze"}),
+        ("text", {"lstm_size": 17, "dataset": "ptb", "text_file": "b.txt", "replan": "always"}),
+        ("text", {"batch_size": 5, "t_max": 11, "plan_length": 21}),
+    ],
+)
+def test_bad_input_a_run_goes_on_with_the_flags_that_shape_it(task, flags, tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    others = {"task": task, "model": "straw", "env_id": "test_straw:Tint-v0"}
+    args = Args(**TOY | others, t_max=10, batch_size=4, text_file=periodic_text(tmp_path))
+    args = dataclasses.replace(args, total_timesteps=40)
+    monkeypatch.setattr(straw, "supervise", lambda *_: {})  # should it not be refused
+    net = straw.TextModel(args) if task == "text" else straw.make_policy(args)
+    histogram = torch.zeros(straw.PERIODS, straw.LONGEST + 1).long()
+    state = {"net": net.state_dict(), "histogram": histogram, "T": 0, "seconds": 0.0}
+    for name, value in flags.items():
+        made_with = dataclasses.asdict(args) | {name: value}
+        straw.save_checkpoint(path, **state, args=made_with)
+        with pytest.raises(SystemExit, match=f"made with {name}={value}, not with {name}="):
+            straw.main(dataclasses.replace(args, resume=str(path)))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "text.txt"]
 
 
 @pytest.mark.parametrize("occupied", ["metrics.csv", "commitments.png"])
