@@ -6,10 +6,25 @@
                --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500
     Result   2.04 % of turned digits wrong (seeds 1 to 3; without a transformer 3.61, with a spline
                1.83) in 4 min on one core of an AMD EPYC; paper: 1.2 (2.1, 1.1)
+    Run      python spatial_transformer_mnist.py --distortion RTS --learning-rate 0.03
+               --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000
+               --report-every 500
+    Result   3.16 % of digits wrong that are turned, scaled and moved (seed 1; without 14.78) in
+               10 min; paper: 0.8 (5.2)
+    Run      python spatial_transformer_mnist.py --model cnn --bfloat16 --learning-rate 0.03
+               --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 3000
+               --report-every 500
+    Result   2.03 % of turned digits wrong with a convolutional network (seeds 1 to 3; without
+               2.79, with a spline 2.07) in 7 min; paper: 0.7 (1.2, 0.7)
+    Run      python spatial_transformer_mnist.py --task addition --num-transformers 2
+               --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001
+               --total-iterations 20000 --report-every 1000
+    Result   12.59 % of sums of two digits wrong (seed 1; with one transformer 29.60, without
+               58.89) in 37 min; paper: 9.0 (22.6, 47.7)
 
 Departures: ours (the paper's)
-    measured runs: momentum 0.9 (not told), rates 0.03 (0.01), also of the localisation network, a
-      fifteenth of the updates or less; the rates still fall with each third
+    measured runs: 3,000 to 20,000 updates (150,000), momentum 0.9 (not told), rates 0.03 (0.01),
+      also of the localisation network; addition with Adam
     canvas 28x28 for R, which cuts the corners of a few digits, 42x42 for RTS, P and E, 60x60 for
       TC (told for RTS and TC alone)
     on RTS, TC and addition the transformer samples 56x56, halved to 28x28 by the mean (sizes not
