@@ -2,13 +2,14 @@
 
     Measures   training steps of spatial_transformer_mnist.py with and without transformers, the
                distortions alone, and the transformer's warps beside kornia's
-    Run        python results/speed/stn.py --output results/speed/stn.md
+    Run        python results/speed/stn.py --seconds 0.5 --output results/speed/stn.md
     Needs      an idle machine, pip install --no-deps -r results/speed/peers.txt (or no kornia)
-    Takes      3 minutes
+    Takes      a minute
 
 Images are random pixels, which cost what digits cost.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -88,6 +89,7 @@ def kornia_warp(args: Args, transform: str) -> Callable[[], None]:
 
 
 def main(args: Args) -> None:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the script does
     torch.set_num_threads(args.num_threads)
     steps, making, warps = {}, {}, {}
     for model in ("cnn", "fcn"):
