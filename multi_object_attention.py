@@ -160,11 +160,8 @@ def sizes_of(args: Args) -> Sizes:
 
 
 def integral_image(x: Tensor) -> Tensor:
-    """Sums [B, S+1, S+1] of all pixels above row i and left of column j, for bytes x [B, S, S].
-
-    They are whole numbers below 2^24, which float32 holds exactly.
-    """
-    return F.pad(x.float().cumsum(1).cumsum(2), (1, 0, 1, 0))
+    """Sums [B, S+1, S+1] of all pixels above row i and left of column j, for bytes x [B, S, S]."""
+    return F.pad(x.int(), (1, 0, 1, 0)).cumsum_(1).cumsum_(2)
 
 
 class RetinaSensor(nn.Module):
@@ -956,7 +953,8 @@ def check_reading(args: Args) -> None:
     """Combinations of flags that no run can have."""
     svhn, reads, twice = args.task == "svhn", args.model != "conv", 2 * sizes_of(args).S
     backward = args.forward_backward and not (svhn and reads)
-    unfocused = args.focus and not (args.evaluate and svhn and args.svhn_size == 110 and reads)
+    looks = reads and args.glimpse_policy == "learned"
+    unfocused = args.focus and not (args.evaluate and svhn and args.svhn_size == 110 and looks)
     begun = args.pretrained and (args.resume or args.evaluate)
     too_wide = args.num_scales - 1 > math.log2(twice / args.patch_size)
     for refused, sentence in (
@@ -965,7 +963,7 @@ def check_reading(args: Args) -> None:
         (args.context != "coarse" and args.model != "dram", "--context is for --model dram."),
         (args.glimpse_policy != "learned" and not reads, "--glimpse-policy is for dram and ram."),
         (backward, "--forward-backward is for --task svhn and models that read."),
-        (unfocused, "--focus is for --evaluate, --task svhn, --svhn-size 110 and no conv."),
+        (unfocused, "--focus is for --evaluate, --task svhn, --svhn-size 110, learned glimpses."),
         (begun, "--pretrained begins a run: leave it out with --resume and --evaluate."),
         (svhn and args.patch_size < 9, "--patch-size must be at least 9 on svhn."),
         (too_wide, f"--patch-size, doubled for each scale after one, passes {twice}, two images."),

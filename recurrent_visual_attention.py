@@ -119,11 +119,8 @@ def setting_of(args: Args) -> Setting:
 
 
 def integral_image(x: Tensor) -> Tensor:
-    """Sums [B, S+1, S+1] of all pixels above row i and left of column j, for bytes x [B, S, S].
-
-    They are whole numbers below 2^24, which float32 holds exactly.
-    """
-    return F.pad(x.float().cumsum(1).cumsum(2), (1, 0, 1, 0))
+    """Sums [B, S+1, S+1] of all pixels above row i and left of column j, for bytes x [B, S, S]."""
+    return F.pad(x.int(), (1, 0, 1, 0)).cumsum_(1).cumsum_(2)
 
 
 class RetinaSensor(nn.Module):
@@ -385,8 +382,8 @@ def place(canvas: Tensor, patches: Tensor, generator: torch.Generator | None) ->
     B, S, w = len(canvas), canvas.shape[-1], patches.shape[-1]
     corner = torch.randint(S - w + 1, (B, 2), generator=generator, device=canvas.device)
     columns, rows = (corner[:, :, None] + torch.arange(w, device=canvas.device)).unbind(1)
-    image = torch.arange(B, device=canvas.device)[:, None, None]
-    canvas[image, rows[:, :, None], columns[:, None, :]] += patches
+    pixels = (rows[:, :, None] * S + columns[:, None, :]).flatten(1)
+    canvas.view(B, S * S).scatter_add_(1, pixels, patches.flatten(1).to(canvas.dtype))
     return (corner + w / 2) / S * 2 - 1
 
 

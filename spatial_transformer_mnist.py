@@ -411,8 +411,8 @@ def place(canvas: Tensor, patches: Tensor, generator: torch.Generator | None) ->
     B, S, w = len(canvas), canvas.shape[-1], patches.shape[-1]
     corner = torch.randint(S - w + 1, (B, 2), generator=generator, device=canvas.device)
     columns, rows = (corner[:, :, None] + torch.arange(w, device=canvas.device)).unbind(1)
-    image = torch.arange(B, device=canvas.device)[:, None, None]
-    canvas[image, rows[:, :, None], columns[:, None, :]] += patches
+    pixels = (rows[:, :, None] * S + columns[:, None, :]).flatten(1)
+    canvas.view(B, S * S).scatter_add_(1, pixels, patches.flatten(1).to(canvas.dtype))
     return (corner + w / 2) / S * 2 - 1
 
 

@@ -101,3 +101,15 @@ for transform in none affine; do
     python spatial_transformer_mnist.py --task addition --transform $transform --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 20000 --report-every 1000 --run-dir runs/spatial_transformer_mnist/addition_fcn/${transform}__seed1
 done
 python spatial_transformer_mnist.py --task addition --num-transformers 2 --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 20000 --report-every 1000 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine-2__seed1
+
+# cyclic_rotation_cnn.py: turned digits
+for variant in baseline half pool roll-all roll-dense; do
+    for seed in 1 2 3; do
+        python cyclic_rotation_cnn.py --bfloat16 --variant $variant --epochs 20 --seed $seed --run-dir runs/cyclic_rotation_cnn/rotated-mnist/${variant}__seed$seed
+    done
+done
+
+# cyclic_rotation_cnn.py: plankton
+for variant in baseline half pool roll-all roll-dense; do
+    python cyclic_rotation_cnn.py --dataset plankton --image-size 47 --bfloat16 --variant $variant --epochs 10 --eval-every 2 --run-dir runs/cyclic_rotation_cnn/plankton/${variant}__seed1
+done

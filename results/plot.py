@@ -127,6 +127,24 @@ EXPERIMENTS = [
         y="validation error (%)",
         x=(UPDATES,),
     ),
+    Experiment(
+        folder="cyclic_rotation_cnn/rotated-mnist",
+        title="Cyclic symmetry: turned digits, 12,000 to learn from",
+        tag="eval/error",
+        y="test error (%)",
+        x=(EPOCHS,),
+        logarithmic=True,
+    ),
+    Experiment(
+        folder="cyclic_rotation_cnn/plankton",
+        title="Cyclic symmetry: plankton at 47x47",
+        tag="eval/loss",
+        y="cross-entropy of the hold-out",
+        x=(EPOCHS,),
+        paper=0.6764,
+        paper_label="paper, roll-dense: 0.6764 at 95x95",
+        logarithmic=True,
+    ),
 ]
 
 TRANSFORMED = {  # distortion: what it is, the paper's errors of an affine FCN and of a CNN

@@ -25,6 +25,7 @@ LOOPED = {  # variables of results/commands.sh
     "agent": "greedy",
     "distortion": "R",
     "transform": "affine",
+    "variant": "pool",
 }
 COMMANDS = re.sub(
     rf"\$\{{?({'|'.join(LOOPED)})\b\}}?",

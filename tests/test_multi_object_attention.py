@@ -37,6 +37,7 @@ HOUSES = {"task": "svhn", "dataset": "mnist"}
 SMALL = Sizes(
     S=40, num_labels=3, num_classes=11, num_glimpses=2, location_unit=6, width=16, lstm=32
 )
+FOCUS = HOUSES | {"svhn_size": 110, "focus": True, "evaluate": "good.pt"}
 
 
 def images(B, S=40, seed=0):
@@ -1280,6 +1281,7 @@ def test_learns_with_other_models(tiny, flags, tmp_path):
     [
         ({"forward_backward": True}, "--forward-backward is for --task svhn"),
         (HOUSES | {"focus": True}, "--focus is for --evaluate"),
+        (FOCUS | {"glimpse_policy": "random"}, "--focus .* learned glimpses"),
         (HOUSES | {"patch_size": 8}, "--patch-size must be at least 9"),
         ({"task": "svhn"}, "--dataset is for pairs and addition"),
         ({"svhn_size": 110}, "--svhn-size is for --task svhn"),
