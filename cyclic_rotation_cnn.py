@@ -726,18 +726,20 @@ def check(args: Args) -> None:
 
 @torch.no_grad()
 def draw_paths(net: nn.Module, args: Args, examples: Pictures, path: Path) -> None:
-    """Feature maps of the first convolution for a picture and its quarter turns, path by path."""
+    """The strongest map of the first convolution, path by path, of a picture and its turns."""
     x = prepare(examples.x[:1], args, training=False)
     last = next(i for i, layer in enumerate(net) if isinstance(layer, nn.ReLU))
+    maps_of = nn.Sequential(*list(net)[: last + 1])
+    strongest = maps_of(x).sum((0, 2, 3)).argmax()
     figure, axes = plt.subplots(4, 5, figsize=(7, 5.8))
     for k in range(4):
         turned = turn(x, k)
-        maps = nn.Sequential(*list(net)[: last + 1])(turned)  # [4 or 1, C, S, S]
+        maps = maps_of(turned)  # [4 or 1, C, S, S]
         axes[k, 0].imshow(turned[0].mean(0).cpu().numpy(), cmap="gray_r")
         axes[k, 0].set(ylabel=f"{90 * k} degrees")
         for i in range(4):
             if i < len(maps):
-                axes[k, i + 1].imshow(maps[i, 0].cpu().numpy(), cmap="viridis")
+                axes[k, i + 1].imshow(maps[i, strongest].cpu().numpy(), cmap="viridis")
             axes[0, i + 1].set(title=f"path {i}")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
