@@ -96,6 +96,10 @@ for transform in none affine; do
     python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/${transform}__seed1
 done
 
+python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 9000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine-9000__seed1
+python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine-adam__seed1
+python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 9000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine-adam-9000__seed1
+
 # spatial_transformer_mnist.py: the sum of two digits
 for transform in none affine; do
     python spatial_transformer_mnist.py --task addition --transform $transform --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 20000 --report-every 1000 --run-dir runs/spatial_transformer_mnist/addition_fcn/${transform}__seed1
