@@ -2,8 +2,12 @@
 
     Paper    Dieleman et al., "Exploiting cyclic symmetry in convolutional neural networks", 2016
     Shows    networks that turn their feature maps need fewer filters and err less (table 2)
-    Run      python cyclic_rotation_cnn.py --dataset rotated-mnist --variant pool
-    Result   not yet measured
+    Run      python cyclic_rotation_cnn.py --bfloat16 --epochs 20
+    Result   1.72 % of turned digits wrong (seeds 1 to 3; without cyclic layers 4.26) in 12 min on
+               one core of an AMD EPYC; the paper has no digits
+    Run      python cyclic_rotation_cnn.py --variant roll-all --bfloat16 --epochs 20
+    Result   1.78 % of them with a third of the parameters (seeds 1 to 3; a network as small
+               without cyclic layers 6.28) in 6 min
 
 Departures: ours (the paper's)
     rotated-mnist and digits with a network of our own (plankton, galaxies, buildings)

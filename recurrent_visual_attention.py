@@ -2,13 +2,17 @@
 
     Paper    Mnih et al., "Recurrent models of visual attention", NIPS 2014
     Shows    on cluttered digits glimpses beat a convolutional network of the same size (table 2)
+    Run      python recurrent_visual_attention.py --location-rate 1
+    Result   0.66 % of MNIST wrong after six glimpses (seed 1; of one path alone 1.83) in 12 min on
+               one core of an AMD EPYC; paper: 1.12 (NIPS)
     Run      python recurrent_visual_attention.py --task cluttered
     Result   not yet measured
 
 Departures: ours (the paper's). Numbers are compared with the NIPS version, not with arXiv's.
     Adam, 1e-3 falling to 0 by epochs, batch 128 (SGD, momentum 0.9, batch 20, rate searched)
-    location deviation 0.2 of half the image's width (searched, not told); samples are clipped to
-      the image where they are looked at, their means are not bounded (not told)
+    location deviation 0.2 of half the image's width (searched, not told), a tenth of the rate for
+      the location network (the rate); samples are clipped to the image where they are looked at,
+      their means are not bounded (not told)
     on images the policy gradient trains the location network alone (section 3.2: the core, too,
       --reinforce-into-core with a small --reinforce-weight); on catch it trains all (the same)
     the likeliest class earns the reward (a class drawn from the softmax, not told)
@@ -74,6 +78,7 @@ class Args:
     batch_size: int = 128  # images or games
     optimizer: Literal["adam", "sgd"] = "adam"  # sgd: momentum 0.9, the paper's, wants 0.01
     learning_rate: float = 1e-3  # at the start; falls linearly to 0
+    location_rate: float = 0.1  # factor on it for the location network (paper: 1)
     # The run
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
@@ -587,6 +592,16 @@ def game_losses(net: nn.Module, args: Args) -> Iterator[tuple[Tensor, dict[str, 
         yield catch_loss(play_catch(net, args.batch_size, S, args.location_std, greedy=False), args)
 
 
+def two_rate_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
+    """Two groups of parameters: what sees and tells, then what chooses locations."""
+    groups = [], []
+    for name, parameter in net.named_parameters():
+        groups[name.startswith("location.")].append(parameter)
+    adam, sgd = partial(torch.optim.Adam, fused=True), partial(torch.optim.SGD, momentum=0.9)
+    kinds = {"adam": adam, "sgd": sgd}
+    return kinds[args.optimizer]([{"params": group} for group in groups], args.learning_rate)
+
+
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """One step down the gradient of a minibatch."""
     optimizer.zero_grad()
@@ -785,9 +800,7 @@ def run(args: Args, device: str) -> dict[str, float]:
     """Train, or evaluate a checkpoint."""
     torch.manual_seed(args.seed)
     net = make_model(args).to(device)
-    adam = partial(torch.optim.Adam, fused=True)
-    kinds = {"adam": adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
-    optimizer = kinds[args.optimizer](net.parameters(), args.learning_rate)
+    optimizer = two_rate_optimizer(net, args)
     shaping = ("task", "model", "dataset", "patch_size", "num_scales", "num_glimpses", "fc_width")
     shaping += ("glimpse_policy",)
     kept = ("optimizer", "learning_rate", "batch_size", "location_std") if args.resume else ()
@@ -820,8 +833,8 @@ def run(args: Args, device: str) -> dict[str, float]:
     try:
         for epoch in tqdm(range(first_epoch, args.epochs + 1), unit="epoch", disable=None):
             start, watched = time.perf_counter(), []
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - (epoch - 1) / args.epochs)
+            for group, factor in zip(optimizer.param_groups, (1, args.location_rate)):
+                group["lr"] = factor * args.learning_rate * (1 - (epoch - 1) / args.epochs)
             for loss, parts in minibatch_losses():
                 refuse_infinity(loss.item(), f"in step {len(watched)} of epoch {epoch}")
                 update(optimizer, loss)

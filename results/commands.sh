@@ -113,7 +113,12 @@ for variant in baseline half pool roll-all roll-dense; do
     done
 done
 
+python cyclic_rotation_cnn.py --bfloat16 --variant baseline --epochs 80 --eval-every 20 --run-dir runs/cyclic_rotation_cnn/rotated-mnist/baseline-80__seed1
+
 # cyclic_rotation_cnn.py: plankton
 for variant in baseline half pool roll-all roll-dense; do
     python cyclic_rotation_cnn.py --dataset plankton --image-size 47 --bfloat16 --variant $variant --epochs 10 --eval-every 2 --run-dir runs/cyclic_rotation_cnn/plankton/${variant}__seed1
 done
+
+# recurrent_visual_attention.py: digits
+python recurrent_visual_attention.py --location-rate 1 --run-dir runs/recurrent_visual_attention/mnist/seed1

@@ -145,6 +145,16 @@ EXPERIMENTS = [
         paper_label="paper, roll-dense: 0.6764 at 95x95",
         logarithmic=True,
     ),
+    Experiment(
+        folder="recurrent_visual_attention/mnist",
+        title="RAM: digits, six glimpses",
+        tag="validation/error",
+        y="validation error (%)",
+        x=(EPOCHS,),
+        paper=1.12,
+        paper_label="paper, test: 1.12 (NIPS)",
+        logarithmic=True,
+    ),
 ]
 
 TRANSFORMED = {  # distortion: what it is, the paper's errors of an affine FCN and of a CNN

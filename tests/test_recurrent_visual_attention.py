@@ -503,6 +503,20 @@ def test_math_catch_is_played_with_its_deviation_and_filmed_where_it_looks(tmp_p
     assert whole > 50
 
 
+def test_math_the_location_network_alone_has_a_rate_of_its_own(numbered, tmp_path):
+    args = Args(**DIGITS, num_glimpses=2, location_rate=0.3, epochs=2, run_dir=str(tmp_path))
+    net = ram.make_model(args)
+    sees, chooses = (
+        set(group["params"]) for group in ram.two_rate_optimizer(net, args).param_groups
+    )
+    assert chooses == set(net.location.parameters())
+    assert sees == set(net.parameters()) - chooses
+    metrics = ram.main(args)
+    sees, chooses = torch.load(tmp_path / "checkpoint.pt")["optimizer"]["param_groups"]
+    assert sees["lr"] == metrics["charts/learning_rate"] == pytest.approx(1e-3 / 2)
+    assert chooses["lr"] == pytest.approx(0.3e-3 / 2)
+
+
 def test_learns_on_with_what_the_checkpoint_holds(numbered, tmp_path, monkeypatch):
     """The time spent, sgd's momentum, the fall of the rate, and other draws on a GPU."""
     args = Args(**DIGITS, model="fc", optimizer="sgd", epochs=1)
