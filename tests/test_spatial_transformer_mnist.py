@@ -184,7 +184,7 @@ def test_gradient_reaches_the_localisation_network_from_the_start(transform, mod
     x, y = torch.rand(8, 1, 42, 42), torch.randint(10, (8,))
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     gradient = torch.autograd.grad(
-        F.cross_entropy(net(x)[0], y), net.transformers[0].regression.weight
+        F.cross_entropy(net(x)[0], y), net.transformers[0].localisation[-1].weight
     )[0]
     assert gradient.abs().sum() > 0
     stn.update(net, optimizer, x, y)
@@ -279,9 +279,10 @@ def test_math_networks_have_the_papers_layers():
 
     relu, pool, mean = ("ReLU", 0), ("MaxPool2d", 0), ("AvgPool2d", 0)
     fc = [("Linear", 32, 784), relu, ("Linear", 32, 32), relu, ("Linear", 32, 32), relu]
-    assert layers(stn.fcn_localisation(1, 28)[0]) == fc
+    assert layers(stn.fcn_localisation(1, 28, 6)) == [*fc, ("Linear", 6, 32)]
     conv = [mean, ("Conv2d", 20, 1, 5, 5), pool, relu, ("Conv2d", 20, 20, 5, 5), relu]
-    assert layers(stn.cnn_localisation(1, 28)[0]) == [*conv, ("Linear", 20, 20), relu]
+    dense = [("Linear", 20, 20), relu, ("Linear", 8, 20)]
+    assert layers(stn.cnn_localisation(1, 28, 8)) == [*conv, *dense]
     fc = [("Linear", 8, 784), relu, ("Linear", 8, 8), relu, ("Linear", 10, 8)]
     assert layers(stn.fcn_classifier(1, 28, 8, 10)) == fc
     conv = [("FirstConv2d", 8, 1, 9, 9), pool, relu, ("Conv2d", 8, 8, 7, 7), pool, relu]
@@ -532,10 +533,9 @@ def test_learns_to_find_a_shifted_digit():
     x, y = stn.load_digits("train")
     x, y = x[(y == 1) | (y == 3)] / 255, (y[(y == 1) | (y == 3)] == 3).long()
     small = F.interpolate(x[:, None], size=14, mode="area")
-    localisation, n = stn.fcn_localisation(1, 28)
-    transformer = SpatialTransformer(localisation, n, "attention", 14)
+    transformer = SpatialTransformer(stn.fcn_localisation(1, 28, 3), "attention", 14)
     with torch.no_grad():
-        transformer.regression.bias[0] = 0.5
+        transformer.localisation[-1].bias[0] = 0.5
     net = stn.TransformerNetwork([transformer], False, stn.fcn_classifier(1, 14, 16, 2))
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     side = None
@@ -593,7 +593,7 @@ def test_math_bfloat16_is_for_the_classifier_alone(bfloat16, monkeypatch, tmp_pa
     stn.main(Args(**TINY, model="cnn", bfloat16=bfloat16, run_dir=str(tmp_path)))
     net, _, x, _ = seen[-1]
     kinds = {}
-    for name in ("classifier.0", "transformers.0.localisation.1", "transformers.0.regression"):
+    for name in ("classifier.0", "transformers.0.localisation.1", "transformers.0.localisation.9"):
         note = lambda _, __, out, name=name: kinds.update({name: out.dtype})  # noqa: E731
         net.get_submodule(name).register_forward_hook(note)
     logits, V, points = net(x)
@@ -695,7 +695,7 @@ def test_bad_input_a_transformer_that_left_the_image(tmp_path, monkeypatch):
     def lost(args):
         net = make_transformer_network(args)
         with torch.no_grad():
-            net.transformers[0].regression.bias[2] = 9.0
+            net.transformers[0].localisation[-1].bias[2] = 9.0
         return net
 
     monkeypatch.setattr(stn, "make_transformer_network", lost)
