@@ -8,6 +8,9 @@
     Run      python cyclic_rotation_cnn.py --variant roll-all --bfloat16 --epochs 20
     Result   1.78 % of them with a third of the parameters (seeds 1 to 3; a network as small
                without cyclic layers 6.28) in 6 min
+    Run      python cyclic_rotation_cnn.py --dataset plankton --image-size 47 --bfloat16 --epochs 10
+    Result   1.183 of cross-entropy on a hold-out of plankton (seed 1; without cyclic layers 1.551)
+               in 101 min on one core; paper, 95x95, length not told: 0.678 (0.704)
 
 Departures: ours (the paper's)
     rotated-mnist and digits with a network of our own (plankton, galaxies, buildings)

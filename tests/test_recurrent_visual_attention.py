@@ -142,7 +142,7 @@ def glimpses(**kwargs):
     net = RecurrentAttentionModel(8, 1, 10, lstm=False)
     torch.nn.init.constant_(net.location.bias, 0.9)  # some samples leave the image
     x = torch.randint(0, 256, (6, 28, 28), dtype=torch.uint8)
-    return net, ram.look(net, ram.integral_image(x), 5, **kwargs), x
+    return net, ram.look(net, ram.integral_image(x), 5, std=0.2, **kwargs), x
 
 
 def test_math_look_samples_around_its_means_and_clips_where_it_looks():
@@ -175,7 +175,7 @@ def test_math_other_policies_choose_nothing(policy):
     net, seen, _ = glimpses(policy=policy)
     assert seen.mu.numel() == 0 and seen.sample.numel() == 0
     assert (seen.l == 0).all() if policy == "centre" else seen.l.unique().numel() > 50
-    loss, _ = ram.hybrid_loss(net, seen, torch.zeros(6, dtype=torch.long), 0.2, 1.0)
+    loss, _ = ram.hybrid_loss(net, seen, torch.zeros(6, dtype=torch.long), Args())
     expected = F.cross_entropy(seen.logits, torch.zeros(6, dtype=torch.long))
     torch.testing.assert_close(loss, expected)
 
@@ -186,7 +186,7 @@ def test_gradient_routes(into_core):
     net, seen, _ = glimpses(reinforce_into_core=into_core)
     y = seen.logits.argmax(-1).clone()
     y[:3] = (y[:3] + 1) % 10  # half of them wrong: rewards differ
-    R = (seen.logits.argmax(-1) == y).float()
+    R = ram.reward_for(seen.logits, y, "correct")
     b = net.baseline(seen.h.detach()).squeeze(-1)
     log_pi = ram.location_log_prob(seen.sample, seen.mu, 0.2)
     parts = {
@@ -209,12 +209,32 @@ def test_gradient_routes(into_core):
     assert reached["reinforce"] == {"location"} | ({"glimpse", "core"} if into_core else set())
     assert reached["baseline"] == {"baseline"}
     assert (seen.sample != seen.l[1:]).any()
-    loss, _ = ram.hybrid_loss(net, seen, y, 0.2, 0.5)
+    args = Args(reward="correct", location_std=0.2, reinforce_weight=0.5)
+    loss, told = ram.hybrid_loss(net, seen, y, args)
+    assert told["charts/reward"] == R.mean()
     expected = parts["class"] + 0.5 * parts["reinforce"] + parts["baseline"]
     torch.testing.assert_close(loss, expected)
     weights = list(net.parameters())
     gradients = torch.autograd.grad(loss, weights, retain_graph=True)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, weights))
+
+
+@pytest.mark.parametrize("kind", ["probability", "correct"])
+def test_math_reward_is_that_of_a_class_drawn_or_of_the_likeliest(kind):
+    logits, y = torch.randn(4, 10).double().requires_grad_(), torch.tensor([3, 0, 9, 3])
+    R = ram.reward_for(logits, y, kind)
+    drawn = logits.detach().softmax(-1).multinomial(100_000, replacement=True)
+    said = logits.detach().topk(1).indices if kind == "correct" else drawn
+    expected = (said == y[:, None]).double().mean(1)
+    torch.testing.assert_close(R.double(), expected, atol=0.01, rtol=0)
+    assert not R.requires_grad  # the class is learned from the cross-entropy alone
+
+
+def test_math_core_begins_by_remembering():
+    """Le, Jaitly and Hinton's start for rectified units: h_t = h_(t-1) + what a glimpse adds."""
+    core, h = ram.CoreNetwork(lstm=False), torch.rand(5, 256)
+    silent = torch.zeros(5, 256)
+    torch.testing.assert_close(core(silent, (h,))[0], (h + core.from_g.bias).relu())
 
 
 def test_math_lstm_core_keeps_both_halves_of_its_state():
@@ -428,7 +448,7 @@ def test_math_training_validation_and_test_images_are_apart(numbered, tmp_path, 
 def test_math_flags_reach_training_evaluation_and_drawing(numbered, tmp_path, monkeypatch):
     looked, weights, look, hybrid_loss = [], [], ram.look, ram.hybrid_loss
 
-    def noting(net, table, num_glimpses, policy="learned", std=0.2, reinforce_into_core=False):
+    def noting(net, table, num_glimpses, policy="learned", std=0.0, reinforce_into_core=True):
         numbers = (table[:, 1, 1]).long().tolist()
         looked.append((numbers, num_glimpses, policy, std, reinforce_into_core))
         return look(net, table, num_glimpses, policy, std, reinforce_into_core)
@@ -440,17 +460,17 @@ def test_math_flags_reach_training_evaluation_and_drawing(numbered, tmp_path, mo
     monkeypatch.setattr(ram, "look", noting)
     monkeypatch.setattr(ram, "hybrid_loss", noting_weights)
     args = Args(**DIGITS, num_glimpses=2, location_std=0.35, reinforce_weight=0.5, batch_size=100)
-    args = dataclasses.replace(args, glimpse_policy="random", reinforce_into_core=True, epochs=1)
+    args = dataclasses.replace(args, glimpse_policy="random", reinforce_into_core=False, epochs=1)
     args = dataclasses.replace(args, monte_carlo_samples=2, eval_samples=3, run_dir=str(tmp_path))
     ram.main(args)
     assert [(len(numbers), *rest) for numbers, *rest in looked[:2]] == [
-        (200, 2, "random", 0.35, True)
+        (200, 2, "random", 0.35, False)
     ] * 2
-    assert weights == [(0.35, 0.5)] * 2
+    assert weights == [(args,)] * 2
     validation, test = list(range(200, 240)), list(range(240, 256))
     expected = [(validation, 0.35)] * 3 + [(validation, 0.0)] + [(test, 0.35)] * 3
     expected += [(test, 0.0), (test[:12], 0.0)]  # the last ones are drawn
-    assert looked[2:] == [(numbers, 2, "random", std, False) for numbers, std in expected]
+    assert looked[2:] == [(numbers, 2, "random", std, True) for numbers, std in expected]
 
 
 def test_math_drawn_are_the_path_its_patches_and_the_class(tmp_path, monkeypatch):
@@ -629,18 +649,20 @@ def test_learns_to_look_better_than_at_random():
     stripes = torch.zeros(2, 6, 6, dtype=torch.uint8)
     stripes[0, ::2], stripes[1, :, ::2] = 255, 255
     faint = torch.full((1, 28, 28), 40, dtype=torch.uint8)
+    args = Args()
 
     def error_of(policy: str) -> float:
         torch.manual_seed(1)
         net = RecurrentAttentionModel(6, 3, 2, lstm=False)
-        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+        optimizer = ram.two_rate_optimizer(net, args)
+        optimizer.param_groups[1]["lr"] *= args.location_rate
         for step in range(501):
             y = torch.randint(2, (96 if step < 500 else 4000,))
             x, _ = ram.make_images(stripes[y], 24, 1, faint)
-            seen = ram.look(net, ram.integral_image(x), 3, policy, std=0.15)
-            loss, parts = ram.hybrid_loss(net, seen, y, 0.15, 1.0)
+            seen = ram.look(net, ram.integral_image(x), 3, policy, args.location_std)
+            loss, _ = ram.hybrid_loss(net, seen, y, args)
             ram.update(optimizer, loss)
-        return 1 - parts["charts/reward"]
+        return (seen.logits.argmax(-1) != y).float().mean().item()
 
     learned, random = error_of("learned"), error_of("random")
     assert learned < 0.85 * random and random > 0.2

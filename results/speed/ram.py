@@ -78,7 +78,7 @@ def step_without_images(args: Args, task: str) -> Callable[[], None]:
 
     def step() -> None:
         seen = ram.look(net, table, setting.num_glimpses, std=settings.location_std)
-        loss, _ = ram.hybrid_loss(net, seen, labels, settings.location_std, 1.0)
+        loss, _ = ram.hybrid_loss(net, seen, labels, settings)
         loss.item()
         ram.update(optimizer, loss)
 
