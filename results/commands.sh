@@ -121,4 +121,4 @@ for variant in baseline half pool roll-all roll-dense; do
 done
 
 # recurrent_visual_attention.py: digits
-python recurrent_visual_attention.py --location-rate 1 --run-dir runs/recurrent_visual_attention/mnist/seed1
+python recurrent_visual_attention.py --eval-every 10 --run-dir runs/recurrent_visual_attention/mnist/seed1
