@@ -155,6 +155,16 @@ EXPERIMENTS = [
         paper_label="paper, test: 1.12 (NIPS)",
         logarithmic=True,
     ),
+    Experiment(
+        folder="recurrent_visual_attention/cluttered",
+        title="RAM: cluttered digits, eight glimpses",
+        tag="validation/error",
+        y="validation error (%)",
+        x=(EPOCHS,),
+        paper=4.04,
+        paper_label="paper, test: 4.04 (NIPS)",
+        logarithmic=True,
+    ),
 ]
 
 TRANSFORMED = {  # distortion: what it is, the paper's errors of an affine FCN and of a CNN
