@@ -6,8 +6,8 @@
     Result   0.56 % of MNIST wrong after six glimpses (seed 1; of one path alone 1.37) in 16 min on
                one core of an AMD EPYC; paper: 1.12 (NIPS)
     Run      python recurrent_visual_attention.py --task cluttered --epochs 200
-    Result   2.28 % of cluttered digits wrong (seed 1; of one path alone 3.86) in 121 min on a part of
-               one core; paper: 4.04 (NIPS)
+    Result   2.28 % of cluttered digits wrong (seed 1; of one path alone 3.86) in 121 min on a part
+               of one core; paper: 4.04 (NIPS)
 
 Departures: ours (the paper's). Numbers are compared with the NIPS version, not with arXiv's.
     Adam, 1e-3 falling to 0 by epochs, batch 64 (SGD, momentum 0.9, batch 20, rate searched)
