@@ -426,9 +426,12 @@ def cached(path: Path, make: Callable[[], tuple[np.ndarray, np.ndarray]]) -> tup
     """Pictures and answers from a cache file, which make() fills the first time."""
     if not path.exists():
         x, y = make()
-        with open(path.with_suffix(".part"), "wb") as file:
-            np.savez(file, x=x, y=y)
-        path.with_suffix(".part").replace(path)
+        try:
+            with open(path.with_suffix(".part"), "wb") as file:
+                np.savez(file, x=x, y=y)
+            path.with_suffix(".part").replace(path)
+        except OSError as error:
+            raise SystemExit(f"{path} cannot be written ({error}): change --data-dir.") from None
     try:
         with np.load(path) as arrays:
             return torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
@@ -527,6 +530,11 @@ def load_buildings(args: Args, S: int) -> tuple[Pictures, Pictures]:
                     raise SystemExit(f"{maps} has no map for {path.name}: unpack it again.")
                 picture = np.asarray(read_picture(path, "RGB")).transpose(2, 0, 1)
                 houses = 255 * (np.asarray(read_picture(label, "L")) > 0).astype(np.uint8)
+                if houses.shape != picture.shape[1:] or min(houses.shape) < S:
+                    raise SystemExit(
+                        f"{path} and {label} must be of one size, at least {S} pixels: unpack them "
+                        "again."
+                    )
                 step = S - 40  # the labelled middles of the tiles lie side by side
                 for top in range(0, picture.shape[1] - S + 1, step):
                     for left in range(0, picture.shape[2] - S + 1, step):

@@ -334,6 +334,10 @@ def test_math_plankton_as_kaggle_ships_it(tmp_path):
 
 def test_bad_input_plankton(tmp_path):
     args = make_plankton(tmp_path)
+    (tmp_path / "plankton/train_47.part").mkdir()  # nothing can be written there
+    with pytest.raises(SystemExit, match=r"train_47.npz cannot be written .*change --data-dir"):
+        cyclic.load_plankton(args, 47)
+    (tmp_path / "plankton/train_47.part").rmdir()
     (tmp_path / "plankton/train/class_1/3.jpg").write_bytes(b"no picture")
     with pytest.raises(SystemExit, match=r"3.jpg is damaged"):
         cyclic.load_plankton(args, 47)
@@ -406,6 +410,17 @@ def test_math_buildings_as_published(tmp_path):
         cyclic.load_buildings(make_args := Args(dataset="buildings", data_dir=str(tmp_path)), 80)
     with pytest.raises(SystemExit, match="vmnih"):
         cyclic.load_buildings(dataclasses.replace(make_args, data_dir="nowhere"), 80)
+
+
+@pytest.mark.parametrize("part, shape", [("map", (200, 150)), ("sat", (70, 160, 3))])
+def test_bad_input_buildings_of_other_sizes(part, shape, tmp_path):
+    args = make_buildings(tmp_path)
+    (path,) = (tmp_path / "buildings/test" / part).glob("c.*")
+    save_picture(path, np.zeros(shape, np.uint8))
+    if part == "sat":  # picture and map agree, and both are smaller than a tile
+        save_picture(tmp_path / "buildings/test/map/c.tif", np.zeros(shape[:2], np.uint8))
+    with pytest.raises(SystemExit, match=r"c.tiff and .*c.tif must be of one size, at least 80"):
+        cyclic.load_buildings(args, 80)
 
 
 @pytest.mark.parametrize(
