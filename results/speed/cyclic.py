@@ -83,7 +83,7 @@ def main(args: Args) -> None:
     if find_spec("escnn"):
         # as many fields as roll-all has filters, the first dense layer made to fit its parameters
         name = "escnn, C4 regular fields"
-        nets[name] = steerable_network((8, 8, 16, 16), 216)
+        nets[name] = steerable_network((8, 8, 16, 16), 261)
         pictures[name] = quarter
     steps = {name: training_step(net, pictures[name]) for name, net in nets.items()}
     took = race(steps, args.rounds, args.seconds)
