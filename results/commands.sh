@@ -122,4 +122,4 @@ done
 
 # recurrent_visual_attention.py: digits
 python recurrent_visual_attention.py --eval-every 10 --run-dir runs/recurrent_visual_attention/mnist/seed1
-python recurrent_visual_attention.py --task cluttered --epochs 200 --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered/seed1
+python recurrent_visual_attention.py --task cluttered --epochs 200 --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered/ram__seed1
