@@ -120,6 +120,16 @@ for variant in baseline half pool roll-all roll-dense; do
     python cyclic_rotation_cnn.py --dataset plankton --image-size 47 --bfloat16 --variant $variant --epochs 10 --eval-every 2 --run-dir runs/cyclic_rotation_cnn/plankton/${variant}__seed1
 done
 
+# multi_object_attention.py: pairs and sums, on a GPU
+export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1
+python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --epochs 120 --eval-every 20 --run-dir runs/multi_object_attention/pairs/dram__seed1
+python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --epochs 120 --context none --eval-every 20 --run-dir runs/multi_object_attention/pairs/no-context__seed1
+python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --epochs 120 --model ram --eval-every 20 --run-dir runs/multi_object_attention/pairs/ram__seed1
+python multi_object_attention.py --task addition --batch-size 256 --learning-rate 0.002 --epochs 120 --eval-every 20 --run-dir runs/multi_object_attention/addition/dram__seed1
+python multi_object_attention.py --task addition --batch-size 256 --learning-rate 0.002 --epochs 30 --learning-rate-decay 0.9 --model conv --bfloat16 --eval-every 20 --run-dir runs/multi_object_attention/addition/conv__seed1
+
 # recurrent_visual_attention.py: digits
 python recurrent_visual_attention.py --eval-every 10 --run-dir runs/recurrent_visual_attention/mnist/seed1
+python recurrent_visual_attention.py --task translated --eval-every 10 --run-dir runs/recurrent_visual_attention/translated/seed1
+python recurrent_visual_attention.py --task cluttered --epochs 200 --glimpse-policy random --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered/random__seed1
 python recurrent_visual_attention.py --task cluttered --epochs 200 --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered/ram__seed1

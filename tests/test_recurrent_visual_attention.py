@@ -237,28 +237,48 @@ def test_math_core_begins_by_remembering():
     torch.testing.assert_close(core(silent, (h,))[0], (h + core.from_g.bias).relu())
 
 
+def test_math_lstm_core_begins_with_open_forget_gates():
+    core, (g, h) = ram.CoreNetwork(lstm=True), torch.zeros(2, 5, 256)
+    _, c = core(g, (h, torch.ones(5, 256)))
+    torch.testing.assert_close(c, torch.full((5, 256), 1 / (1 + math.exp(-1))))
+
+
+def test_math_catch_counts_lit_pixels_in_wide_blocks():
+    """On a dark screen a ball shows in each scale with 1, not with a sixteenth in the widest."""
+    net, screen = RecurrentAttentionModel(6, 3, 3, lstm=True), torch.zeros(1, 24, 24).byte()
+    screen[0, 12, 12] = 255
+    rho = net.retina(ram.integral_image(screen), torch.zeros(1, 2))
+    assert rho.sum((2, 3)).tolist() == [[1, 1, 1]] and rho.max() == 1
+    means = RecurrentAttentionModel(6, 3, 3, lstm=False).retina
+    rho = means(ram.integral_image(screen), torch.zeros(1, 2))
+    assert rho.sum((2, 3)).tolist() == [[1, 1 / 4, 1 / 16]]
+
+
 def test_math_lstm_core_keeps_both_halves_of_its_state():
     core = RecurrentAttentionModel(6, 3, 3, lstm=True).core
     g, h, c = torch.rand(3, 5, 256)
     torch.testing.assert_close(core(g, (h, c)), core.lstm(g, (h, c)))
 
 
-def test_gradient_of_catch_is_that_of_its_replay(monkeypatch):
+@pytest.mark.parametrize("into_core", [False, True])
+def test_gradient_of_catch_is_that_of_its_replay(into_core, monkeypatch):
     """Every term belongs to the move and the location that followed; none flows through them."""
     torch.manual_seed(0)
     moves, step = [], ram.Catch.step
     monkeypatch.setattr(ram.Catch, "step", lambda game, a: moves.append(a) or step(game, a))
     net = RecurrentAttentionModel(6, 3, 3, lstm=True)
-    play, state = ram.play_catch(net, 64, 24, 0.2, greedy=False), net.core.initial_state(64)
+    play = ram.play_catch(net, 64, 24, 0.2, greedy=False, reinforce_into_core=into_core)
+    state = net.core.initial_state(64)
     R, l, expected = play.R, play.l.detach(), 0
     assert len(moves) == 23 and 0 < R.mean() < 1
     for t in range(23):
         h, state = net(ram.integral_image(play.screens[t]), l[t], state)
-        log_pi, b = net.action(h).log_softmax(-1), net.baseline(h.detach())[:, 0]
+        log_pi, b = net.action(h).log_softmax(-1), net.baseline(h)[:, 0]
         score = log_pi[range(64), moves[t]]
         if t < 22:  # the last location is used by nobody
-            score = score + 0.5 * ram.location_log_prob(l[t + 1], net.location(h), 0.2)
-        expected += (R - b).square() - score * (R - b).detach()
+            mu = net.location(h if into_core else h.detach())
+            score = score + 0.5 * ram.location_log_prob(l[t + 1], mu, 0.2)
+        expected += (R - b).square() / 2 - score * (R - b).detach()
         expected += 0.03 * (log_pi.exp() * log_pi).sum(-1)
     args = Args(task="catch", reinforce_weight=0.5, entropy_cost=0.03)
     loss, _ = ram.catch_loss(play, args)
@@ -498,9 +518,9 @@ def test_math_drawn_are_the_path_its_patches_and_the_class(tmp_path, monkeypatch
 def test_math_catch_is_played_with_its_deviation_and_filmed_where_it_looks(tmp_path, monkeypatch):
     played, plays, play_catch = [], [], ram.play_catch
 
-    def noting(net, *how, greedy):
-        played.append((*how, greedy))
-        plays.append(play_catch(net, *how, greedy=greedy))
+    def noting(net, *how, greedy, reinforce_into_core=None):
+        played.append((*how, greedy, reinforce_into_core))
+        plays.append(play_catch(net, *how, greedy, reinforce_into_core or False))
         return plays[-1]
 
     pictures, fromarray = [], Image.fromarray
@@ -511,7 +531,13 @@ def test_math_catch_is_played_with_its_deviation_and_filmed_where_it_looks(tmp_p
     args = Args(task="catch", epochs=1, batch_size=40, location_std=0.3, device="cpu")
     ram.main(dataclasses.replace(args, run_dir=str(tmp_path)))
     evaluated, filmed = [(20, 24, 0.3, True), (20, 24, 0.3, False)], [(8, 24, 0.3, True)]
-    assert played == [(40, 24, 0.3, False)] * 2 + evaluated + filmed
+    untrained = [(*how, None) for how in evaluated + filmed]
+    assert played == [(40, 24, 0.3, False, False)] * 2 + untrained
+    for into_core in (False, True, None):
+        flags = dataclasses.replace(args, reinforce_into_core=into_core)
+        next(ram.game_losses(ram.make_model(flags), flags))
+        assert played.pop() == (40, 24, 0.3, False, into_core is True)
+        plays.pop()
     centres, whole = ((plays[-1].l + 1) * 12).round().long().transpose(0, 1).flatten(0, 1), 0
     assert len(pictures) == len(centres) == 8 * 24
     for picture, (x, y) in zip(pictures, centres.tolist()):
