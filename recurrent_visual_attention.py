@@ -11,6 +11,9 @@
     Run      python recurrent_visual_attention.py --task cluttered --epochs 200
     Result   2.28 % of cluttered digits wrong (seed 1; of one path alone 3.86) in 121 min on a part
                of one core; paper: 4.04 (NIPS)
+    Run      python recurrent_visual_attention.py --task catch --epochs 300
+    Result   97.04 % of balls caught (seed 1) after 14 million frames in 21 min on one core;
+               paper: about 85 after 20 million
 
 Departures: ours (the paper's). Numbers are compared with the NIPS version, not with arXiv's.
     Adam, 1e-3 falling to 0 by epochs, batch 64 (SGD, momentum 0.9, batch 20, rate searched)

@@ -176,6 +176,15 @@ EXPERIMENTS = [
         logarithmic=True,
     ),
     Experiment(
+        folder="recurrent_visual_attention/catch",
+        title="RAM: Catch",
+        tag="eval/caught",
+        y="balls caught (%)",
+        x=(EPOCHS,),
+        paper=85,
+        paper_label="paper, after 20 M frames: about 85",
+    ),
+    Experiment(
         folder="multi_object_attention/pairs",
         title="DRAM: pairs of digits among clutter, four glimpses",
         tag="validation/error",

@@ -249,6 +249,10 @@ def test_math_catch_counts_lit_pixels_in_wide_blocks():
     screen[0, 12, 12] = 255
     rho = net.retina(ram.integral_image(screen), torch.zeros(1, 2))
     assert rho.sum((2, 3)).tolist() == [[1, 1, 1]] and rho.max() == 1
+    for layer in net.glimpse.children():  # and none of the layers behind it makes it small
+        inputs = layer.weight.shape[1]
+        assert layer.weight.std().item() == pytest.approx((2 / inputs) ** 0.5, rel=0.15)
+        assert not layer.bias.any()
     means = RecurrentAttentionModel(6, 3, 3, lstm=False).retina
     rho = means(ram.integral_image(screen), torch.zeros(1, 2))
     assert rho.sum((2, 3)).tolist() == [[1, 1 / 4, 1 / 16]]
