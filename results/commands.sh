@@ -133,4 +133,6 @@ python recurrent_visual_attention.py --eval-every 10 --run-dir runs/recurrent_vi
 python recurrent_visual_attention.py --task translated --eval-every 10 --run-dir runs/recurrent_visual_attention/translated/seed1
 python recurrent_visual_attention.py --task cluttered --epochs 200 --glimpse-policy random --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered/random__seed1
 python recurrent_visual_attention.py --task cluttered --epochs 200 --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered/ram__seed1
+python recurrent_visual_attention.py --task cluttered --epochs 400 --model conv --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered/conv__seed1
+python recurrent_visual_attention.py --task cluttered100 --epochs 200 --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered100/seed1
 python recurrent_visual_attention.py --task catch --epochs 300 --eval-every 20 --run-dir runs/recurrent_visual_attention/catch/seed1

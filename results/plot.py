@@ -176,6 +176,16 @@ EXPERIMENTS = [
         logarithmic=True,
     ),
     Experiment(
+        folder="recurrent_visual_attention/cluttered100",
+        title="RAM: cluttered digits in 100x100 pixels, eight glimpses",
+        tag="validation/error",
+        y="validation error (%)",
+        x=(EPOCHS,),
+        paper=8.11,
+        paper_label="paper, test: 8.11 (NIPS)",
+        logarithmic=True,
+    ),
+    Experiment(
         folder="recurrent_visual_attention/catch",
         title="RAM: Catch",
         tag="eval/caught",
