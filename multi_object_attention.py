@@ -854,8 +854,8 @@ def grouped_optimizer(nets: nn.ModuleList, args: Args) -> torch.optim.Optimizer:
     for name, parameter in nets.named_parameters():
         part = name.split(".")[1]  # of a network
         groups[part in ("context", "lstm2", "emission")].append(parameter)
-    adam = partial(torch.optim.Adam, fused=True, capturable=next(nets.parameters()).is_cuda)
-    kinds = {"adam": adam, "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True)}
+    adam, sgd = partial(torch.optim.Adam, fused=True), partial(torch.optim.SGD, momentum=0.9)
+    kinds = {"adam": adam, "sgd": partial(sgd, nesterov=True)}
     return kinds[args.optimizer]([{"params": group} for group in groups], args.learning_rate)
 
 
@@ -1104,7 +1104,7 @@ def run(args: Args, device: str) -> dict[str, float]:
             start, watched = time.perf_counter(), []
             learning_rate = args.learning_rate * args.learning_rate_decay ** (epoch - 1)
             for group, factor in zip(optimizer.param_groups, (1, args.location_rate)):
-                group["lr"] = learning_rate * factor
+                group |= {"lr": learning_rate * factor, "capturable": device == "cuda"}
             for shown in learn_from(minibatches(args, data), learn):
                 refuse_infinity(shown[0].item(), f"in step {len(watched)} of epoch {epoch}")
                 watched.append(shown)

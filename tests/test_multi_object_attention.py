@@ -1084,6 +1084,22 @@ def test_learns_on_bit_for_bit_after_it_was_stopped(tiny, tmp_path):
     }
 
 
+def test_learns_on_with_an_optimizer_fit_for_its_own_device(tiny, tmp_path):
+    """Only a GPU's steps are recorded, for which Adam must be capturable, wherever it began."""
+    args = dataclasses.replace(TINY, epochs=1, run_dir=str(tmp_path))
+    dram.main(args)
+    path = tmp_path / "checkpoint.pt"
+    checkpoint = torch.load(path)
+    for group in checkpoint["optimizer"]["param_groups"]:
+        assert not group["capturable"]
+        group["capturable"] = True  # as after a run on a GPU
+    torch.save(checkpoint, path)
+    dram.main(dataclasses.replace(args, epochs=2, run_dir="", resume=str(path)))
+    resumed = torch.load(path)
+    assert resumed["epoch"] == 2
+    assert not any(group["capturable"] for group in resumed["optimizer"]["param_groups"])
+
+
 def test_gradient_location_rate_is_that_of_what_rewards_alone_train(tiny, tmp_path):
     args = dataclasses.replace(TINY, epochs=1, location_rate=0.0, run_dir=str(tmp_path))
     dram.main(args)
@@ -1146,6 +1162,8 @@ def test_slow_recorded_steps_train_as_those_made_one_by_one(tmp_path):
         torch.manual_seed(0)
         nets = dram.make_networks(args).to("cuda")
         optimizer = dram.grouped_optimizer(nets, args)
+        for group in optimizer.param_groups:
+            group["capturable"] = True
 
         def learn(nets, optimizer, x, y):
             loss, _ = dram.minibatch_loss(nets, args, x, y)
