@@ -93,7 +93,7 @@ class Args:
     location_std: float = 0.17  # deviation of a location around its mean, in units (paper: 0.03)
     reinforce_weight: float = 0.1  # lambda, of the location policy's gradient beside the others
     reinforce_into_core: bool = True  # the policy gradient also trains LSTM 1 and glimpse network
-    training_paths: int = 1  # M, sampled paths per image in training
+    monte_carlo_samples: int = 0  # M, paths per image; 0: 1 in training, 10 averaged in evaluation
     svhn_size: Literal[54, 110] = 54  # pixels; 110: less tightly cropped, digits as large
     focus: bool = False  # svhn at 110: evaluate on the 54 pixels around a first reading's glimpses
     # Optimisation
@@ -107,8 +107,7 @@ class Args:
     # The run
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
-    monte_carlo_samples: int = 10  # M, sampled paths per image in evaluation, averaged
-    average: Literal["log-probabilities", "probabilities"] = "log-probabilities"  # over these paths
+    average: Literal["log-probabilities", "probabilities"] = "log-probabilities"  # of M paths
     eval_every: int = 5  # epochs between two evaluations on validation images
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     seed: int = 1  # of every random number
@@ -820,7 +819,7 @@ def evaluate(
 
     The global random state is left as it was.
     """
-    paths = {f"{prefix}/error": args.monte_carlo_samples, f"{prefix}/error_single_path": 0}
+    paths = {f"{prefix}/error": args.monte_carlo_samples or 10, f"{prefix}/error_single_path": 0}
     if args.model == "conv":
         paths = {f"{prefix}/error": 0}
     wrong = dict.fromkeys(paths, 0)
@@ -841,8 +840,8 @@ def minibatch_loss(
     if args.model == "conv":
         loss = -label_log_probs(nets[0](x), y).sum(1).mean()
         return loss, {"losses/cross_entropy": loss}
-    if args.training_paths > 1:
-        x, y = (part.repeat_interleave(args.training_paths, 0) for part in (x, y))
+    if args.monte_carlo_samples > 1:
+        x, y = (part.repeat_interleave(args.monte_carlo_samples, 0) for part in (x, y))
     targets = [y, right_to_left(y)] if args.forward_backward else [y]
     losses, shown = zip(*(reading_loss(net, x, y_s, args) for net, y_s in zip(nets, targets)))
     return sum(losses), shown[0]

@@ -86,7 +86,7 @@ class Args:
     location_std: float = 0.15  # deviation of a location around its mean, in half image widths
     reinforce_weight: float = 0.3  # of the location policy's gradient beside the others
     reinforce_into_core: bool | None = None  # location policy trains core, too; None: not on catch
-    monte_carlo_samples: int = 1  # M, paths per image in training
+    monte_carlo_samples: int = 0  # M, paths per image; 0: 1 in training, 10 averaged in evaluation
     entropy_cost: float = 0.002  # catch: reward for undecided moves
     fc_width: int = 256  # units of both hidden layers of fc (paper: 64 or 256)
     # Optimisation
@@ -98,7 +98,6 @@ class Args:
     # The run
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
-    eval_samples: int = 10  # paths per image whose class probabilities are averaged in evaluation
     eval_every: int = 5  # epochs between two evaluations on validation images
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     seed: int = 1  # of every random number
@@ -589,10 +588,11 @@ def evaluate_catch(net: nn.Module, args: Args) -> dict[str, float]:
 
 
 def evaluate_glimpses(net: nn.Module, args: Args, images: Images) -> dict[str, float]:
-    setting, wrong, wrong_along_means, distance = setting_of(args), 0, 0, 0.0
+    setting, M = setting_of(args), args.monte_carlo_samples or 10
+    wrong, wrong_along_means, distance = 0, 0, 0.0
     for x, y, centres in zip(*(part.split(1000) for part in images)):
         see = partial(look, net, integral_image(x), setting.num_glimpses, args.glimpse_policy)
-        p = sum(see(std=args.location_std).logits.softmax(1) for _ in range(args.eval_samples))
+        p = sum(see(std=args.location_std).logits.softmax(1) for _ in range(M))
         wrong += (p.argmax(1) != y).sum().item()
         seen = see(std=0.0)
         wrong_along_means += (seen.logits.argmax(1) != y).sum().item()
@@ -629,7 +629,7 @@ def image_losses(
             loss = F.cross_entropy(net(x[:, None] / 255), y)
             yield loss, {"losses/cross_entropy": loss}
             continue
-        table, M = integral_image(x), args.monte_carlo_samples
+        table, M = integral_image(x), args.monte_carlo_samples or 1
         if M > 1:
             table, y = table.repeat_interleave(M, 0), y.repeat_interleave(M, 0)
         how = args.glimpse_policy, args.location_std, args.reinforce_into_core is not False
@@ -829,7 +829,7 @@ def check_task(args: Args) -> None:
         (catch and args.num_glimpses, "--num-glimpses is for images: catch has one per frame."),
         (too_many, f"--batch-size must be at most {GAMES_PER_EPOCH}, the games of an epoch."),
         (args.glimpse_policy != "learned" and not looks, "--glimpse-policy is for ram on images."),
-        (args.monte_carlo_samples > 1 and not looks, "--monte-carlo-samples is for ram on images."),
+        (args.monte_carlo_samples and not looks, "--monte-carlo-samples is for ram on images."),
         (too_wide, f"--patch-size, doubled for each scale after one, passes {twice}, two images."),
         (args.location_std == 0, "--location-std must be above 0: without noise nothing is tried."),
     ):

@@ -461,7 +461,7 @@ def test_gradient_routes(deep, into_core):
 
 
 def test_math_minibatch_repeats_images_for_each_path_and_sums_directions(monkeypatch):
-    args = Args(task="svhn", forward_backward=True, training_paths=3)
+    args = Args(task="svhn", forward_backward=True, monte_carlo_samples=3)
     calls = []
 
     def record(net, x, y, args):
@@ -634,16 +634,16 @@ def test_math_answer_reads_where_each_direction_focuses(monkeypatch):
         asked.clear()
 
 
-@pytest.mark.parametrize("model", ["dram", "conv"])
-def test_math_evaluation_counts_all_images_and_draws_by_itself(model, monkeypatch):
+@pytest.mark.parametrize("model, M", [("dram", 0), ("dram", 7), ("conv", 7)])
+def test_math_evaluation_counts_all_images_and_draws_by_itself(model, M, monkeypatch):
     """The same paths each time, without dropout; training goes on as if nothing had been."""
-    args, nets = Args(model=model, monte_carlo_samples=7), torch.nn.ModuleList([torch.nn.Dropout()])
+    args, nets = Args(model=model, monte_carlo_samples=M), torch.nn.ModuleList([torch.nn.Dropout()])
     y, draws = torch.arange(1203)[:, None], []
 
     def answer(given, args, x, paths):
         assert given is nets and not nets[0].training and not torch.is_grad_enabled()
         draws.append(torch.rand(1).item())
-        return torch.where(x < (300 if paths == 7 else 600 + paths), -5, x)
+        return torch.where(x < (300 if paths == (M or 10) else 600 + paths), -5, x)
 
     monkeypatch.setattr(dram, "answer", answer)
     state, found = torch.get_rng_state(), dram.evaluate(nets, args, y, y, "some")
@@ -1005,7 +1005,6 @@ TINY = Args(
     batch_size=16,
     reinforce_into_core=False,
     location_std=0.3,
-    monte_carlo_samples=3,
 )
 
 
@@ -1257,7 +1256,7 @@ def test_math_rates_decay_with_epochs_and_go_on_after_a_resume(watched, tmp_path
 
 
 def test_math_report_has_means_over_an_epoch_and_its_speed(watched, tmp_path):
-    args = Args(**DIGITS, epochs=2, training_paths=4, run_dir=str(tmp_path))
+    args = Args(**DIGITS, epochs=2, monte_carlo_samples=4, run_dir=str(tmp_path))
     metrics = dram.main(args)
     assert metrics["losses/cross_entropy"] == (3 + 4 + 5) / 3
     assert metrics["charts/SPS"] == pytest.approx((3 + 3 + 1) / 6)  # images, whatever their paths
@@ -1358,7 +1357,7 @@ def test_math_pictures_show_the_path_and_what_is_read_after_each_glimpse(monkeyp
         {"model": "conv"},
         {"context": "none", "reinforce_into_core": True},
         {"glimpse_policy": "random"},
-        {"training_paths": 2, "average": "probabilities", "optimizer": "sgd"},
+        {"monte_carlo_samples": 2, "average": "probabilities", "optimizer": "sgd"},
     ],
     ids=str,
 )

@@ -398,10 +398,11 @@ def test_math_catch_is_scored_greedily_and_sampled(monkeypatch):
 
 def test_math_evaluation_averages_sampled_paths_and_follows_the_means_once(monkeypatch):
     """Probabilities are averaged, not logits, votes or one path; random numbers stay in place."""
-    paths = iter([1e-9, 0.9, 0.9, 0.9])
+    paths, drawn = [1e-9, 0.9, 0.9, 0.9], []
 
     def look(*_, std):
-        p = next(paths) if std else 1e-9
+        p = paths[len(drawn) % 4] if std else 1e-9
+        drawn.append(std)
         l = torch.tensor([[[1.0, 1.0]], [[0.3, -0.4]]])
         return ram.Glimpses(torch.tensor([[1 - p, p]]).log(), l, *[None] * 3)
 
@@ -410,9 +411,11 @@ def test_math_evaluation_averages_sampled_paths_and_follows_the_means_once(monke
     images = ram.Images(torch.zeros(1, 28, 28).byte(), torch.tensor([1]), digit)
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    scores = ram.evaluate(None, Args(eval_samples=3), images)
+    scores = ram.evaluate(None, Args(monte_carlo_samples=3), images)
     assert scores == {"eval/error": 0, "eval/error_single_path": 100, "eval/distance": 14}
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and drawn == [0.15] * 3 + [0]
+    ram.evaluate(None, Args(), images)
+    assert drawn[4:] == [0.15] * 10 + [0]
 
 
 # ---- What a run does with the method ------------------------------------------------------------
@@ -485,10 +488,10 @@ def test_math_flags_reach_training_evaluation_and_drawing(numbered, tmp_path, mo
     monkeypatch.setattr(ram, "hybrid_loss", noting_weights)
     args = Args(**DIGITS, num_glimpses=2, location_std=0.35, reinforce_weight=0.5, batch_size=100)
     args = dataclasses.replace(args, glimpse_policy="random", reinforce_into_core=False, epochs=1)
-    args = dataclasses.replace(args, monte_carlo_samples=2, eval_samples=3, run_dir=str(tmp_path))
+    args = dataclasses.replace(args, monte_carlo_samples=3, run_dir=str(tmp_path))
     ram.main(args)
     assert [(len(numbers), *rest) for numbers, *rest in looked[:2]] == [
-        (200, 2, "random", 0.35, False)
+        (300, 2, "random", 0.35, False)
     ] * 2
     assert weights == [(args,)] * 2
     validation, test = list(range(200, 240)), list(range(240, 256))
