@@ -208,7 +208,7 @@ def clip_by_norm(gradients: Sequence[Tensor], max_norm: float) -> float:
 
 
 class Labyrinth(gym.Wrapper):
-    """The paper's task in a maze of MiniWorld: apples earn 1, the red box is a portal and earns 10.
+    """The paper's task in a maze of MiniWorld: green apples earn 1, the red box is a portal, 10.
 
     The portal sets the agent down anywhere in the same maze and brings back the apples, where they
     were. Only the time ends an episode. Its info["labyrinth"] then holds the number of "apples"
@@ -221,10 +221,13 @@ class Labyrinth(gym.Wrapper):
         self.episode_steps, self.action_repeat = episode_steps, action_repeat
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        from miniworld.entity import Ball
+        from miniworld.entity import Box
 
         self.env.reset(seed=seed, options=options)  # a new maze
-        self.apples = [self.world.place_entity(Ball("green")) for _ in range(self.num_apples)]
+        apples = (Box("green", size=0.5) for _ in range(self.num_apples))  # a Ball takes 0.7 ms
+        self.apples = [self.world.place_entity(apple) for apple in apples]
+        for apple in self.apples:
+            apple.randomize(self.world.params, None)  # gives it its colour
         self.steps, self.set_down_at, self.found = 0, 0, {"apples": 0, "portals": []}
         self.set_agent_down()
         return self.world.render_obs(), {}

@@ -263,7 +263,7 @@ def beside(world, entity) -> np.ndarray:
 
 
 def test_math_apples_earn_1_once(maze):
-    maze.reset(seed=0)
+    maze.reset(seed=3)
     labyrinth, world = maze.env, maze.unwrapped
     for eaten, apple in enumerate(labyrinth.apples, 1):
         world.agent.pos = beside(world, apple)
