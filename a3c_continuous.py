@@ -13,12 +13,14 @@
     Result   not yet measured
 
 Departures: ours (the paper's)
-    learning rate 1e-3 (the best of many from 1e-5 to 1e-1), RMSProp's epsilon 0.1 (not told)
+    learning rate 3e-3 (the best of many from 1e-5 to 1e-1), RMSProp's epsilon 0.1 (not told)
     discount 0.99 and a norm of 40 for each network's gradient by itself (not told)
     gradient of V: R - V (2 (R - V)); variance at least 1e-5 (no bound told)
     with --t-max 0 a time limit ends the return as a fall does; segments bootstrap there (not told)
     pixels: 84x84 RGB, 16 filters of 8x8 with stride 4, 32 of 4x4 with stride 2 (not told)
     gymnasium's environments (the authors' own MuJoCo models, which they did not publish)
+    actions are clipped to the box on their way into the environment, pi's density is not; states
+      and rewards are as the environment gives them; one picture without a past (not told)
     processes, as many as there are cores (16 threads); T grows by trajectories (by steps)
     evaluation samples from pi, as training does (not told)
 
@@ -64,15 +66,15 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # The method
-    env_id: str = "InvertedPendulum-v5"  # any with a Box of actions that shows a vector
+    env_id: str = "InvertedPendulum-v5"  # any task with a Box of actions and a vector of states
     pixels: bool = False  # an 84x84 RGB picture is seen in the place of the vector
     num_workers: int = os.cpu_count() or 1  # processes that play and learn (paper: 16)
-    t_max: int = 0  # steps of a segment that bootstraps; 0: whole episodes, which do not
+    t_max: int = 0  # 0: whole episodes (paper); else segments of so many steps, continued by V
     discount: float = 0.99  # gamma
     entropy_cost: float = 1e-4  # beta, of the differential entropy
     # Optimisation
     total_timesteps: int = 2_000_000  # of all workers together
-    learning_rate: float = 1e-3  # at the start; falls linearly to 0
+    learning_rate: float = 3e-3  # at the start; falls linearly to 0
     rmsprop_decay: float = 0.99  # of the running squared gradient g
     rmsprop_eps: float = 0.1  # inside the root
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
@@ -265,6 +267,8 @@ def make_env(env_id: str, pixels: bool, film: bool = False) -> gym.Env:
     try:
         env = gym.make(env_id, render_mode="rgb_array") if draws else gym.make(env_id)
         if draws:
+            import cv2  # noqa: F401  ResizeObservation needs it
+
             env.reset()
             env.render()  # what it needs to draw is missed here, not in a worker
     except Exception as error:  # every library has its own way of missing another
@@ -286,7 +290,7 @@ def make_env(env_id: str, pixels: bool, film: bool = False) -> gym.Env:
     if pixels:
         return ResizeObservation(AddRenderObservation(env), (84, 84))
     vector = gym.spaces.Box(-np.inf, np.inf, seen.shape, np.float32)
-    return TransformObservation(env, np.float32, vector)
+    return TransformObservation(env, partial(np.array, dtype=np.float32), vector)  # a copy
 
 
 def as_input(s: np.ndarray) -> Tensor:
@@ -357,7 +361,7 @@ def evaluate(
                 pictures.append(Image.fromarray(env.render()).resize((240, 240)))
         games.append(info["episode"])
     if film:
-        duration = 1000 / env.metadata.get("render_fps", 30)  # milliseconds of a picture
+        duration = max(20, 1000 / env.metadata.get("render_fps", 30))  # milliseconds a picture
         pictures[0].save(film, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
     env.close()
     return {

@@ -8,20 +8,23 @@
     Result   not yet measured
 
 Departures: ours (the paper's)
-    MiniWorld's mazes of square rooms, 3 x 3 (Labyrinth, which was never published in that form)
-    4 apples in a maze (not told); an episode of 900 steps is 60 s at MiniWorld's 30 frames/s
+    MiniWorld's mazes of square rooms, 3 x 3 (Labyrinth, which was never published in that form):
+      at most 192 ways to set their walls, so that those of an evaluation are hardly new
+    4 apples, small green boxes (not told); an episode of 900 steps is 60 s at 30 frames/s
     a step is 2 frames, 0.3 m or 30 degrees (4 frames in the other domains); three actions
     the end of the time cuts a return off with V, as the end of a segment does (not told)
-    segments of 20 steps (5 in the other domains); the network of DQN 2013 with 256 LSTM cells
-      after it sees one RGB view, not four (not told)
+    segments of 20 steps (5 in the other domains); 256 LSTM cells after the network of DQN 2013,
+      which sees one RGB view (after that of DQN 2015, with four screens, on Atari; here not told)
     learning rate 7e-4 (searched), RMSProp's epsilon 0.1, gradient norm 40 (not told)
-    gradient of V: (R - V) / 2 (2 (R - V)); rewards are not clipped (not told)
+    gradient of V: (R - V) / 2 (2 (R - V)); rewards are not clipped; discount 0.99, entropy cost
+      0.01 as on Atari; evaluation samples from pi, as training does (not told)
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
-    one maze in a process: two MiniWorlds in one overwrite each other's walls
+    --plain, the task that MiniWorld itself sets, is none of the paper's
 
 Symbols: theta shared parameters; g running average of their squared gradients; T steps taken by
 all workers; a_tm1 taken in s_tm1 gives r_t and s_t; R n-step return; V value; pi policy.
-Shapes: K = 1 maze of a worker, N <= t_max steps of a segment, A actions.
+Shapes: K = 1 maze of a worker (two MiniWorlds in a process would overwrite each other's walls),
+N <= t_max steps of a segment, A actions.
 """
 
 import copy
@@ -56,7 +59,7 @@ from tqdm import tqdm
 class Args:
     # The method
     env_id: str = "MiniWorld-MazeS3-v0"  # 3 x 3 rooms; -MazeS2-v0: 2 x 2, -Maze-v0: 8 x 8
-    plain: bool = False  # the environment's own task: its box ends the episode with about 1
+    plain: bool = False  # the environment's own task (a box to find), without the next three flags
     num_apples: int = 4  # at random places of a maze, each worth 1
     episode_steps: int = 900  # of an episode with apples
     action_repeat: int = 2  # frames of the world in a step, with apples
@@ -207,6 +210,9 @@ def clip_by_norm(gradients: Sequence[Tensor], max_norm: float) -> float:
 # ---- The game -----------------------------------------------------------------------------------
 
 
+TASK = "env_id", "plain", "num_apples", "episode_steps", "action_repeat"  # flags that set it
+
+
 class Labyrinth(gym.Wrapper):
     """The paper's task in a maze of MiniWorld: green apples earn 1, the red box is a portal, 10.
 
@@ -241,7 +247,7 @@ class Labyrinth(gym.Wrapper):
             touches = any(self.world.near(ent) for ent in (self.world.box, *self.apples))
 
     def move(self, action: int) -> None:
-        """One frame, without its picture, which is what takes the time of MiniWorld's own step."""
+        """One frame of movement; MiniWorld's own step also draws, which takes most of its time."""
         turn, stride = (self.world.params.sample(None, f"{x}_step") for x in ("turn", "forward"))
         if action == self.world.actions.move_forward:
             self.world.move_agent(stride, 0)
@@ -269,6 +275,8 @@ class Labyrinth(gym.Wrapper):
         for _ in range(self.action_repeat):
             self.move(action)
             r_t += self.collect()
+            if self.set_down_at == self.steps:
+                break  # the step ends in the portal
         truncated = self.steps == self.episode_steps
         info = {"labyrinth": self.found} if truncated else {}
         return self.world.render_obs(), r_t, False, truncated, info
@@ -279,14 +287,12 @@ def make_env(args: Args) -> gym.Env:
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("PYGLET_HEADLESS", "true")  # draws without a screen
     try:
-        if args.env_id.startswith("MiniWorld-"):
+        if ":" not in args.env_id:  # which would import the module before it
             import miniworld  # noqa: F401  it registers its mazes and looks for OpenGL
-
-            sizes = {"obs_width": 84, "obs_height": 84, "window_width": 252, "window_height": 252}
-            with redirect_stdout(None):  # no remarks on how smooth edges are drawn
-                env = gym.make(args.env_id, **sizes)
-        else:
-            env = gym.make(args.env_id)
+        sizes = {"obs_width": 84, "obs_height": 84, "window_width": 252, "window_height": 252}
+        sizes = sizes if args.env_id.startswith("MiniWorld-") else {}
+        with redirect_stdout(None):  # no remarks on how smooth edges are drawn
+            env = gym.make(args.env_id, **sizes)
     except Exception as error:  # OpenGL's parts have many ways of being missing
         nearest = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, cutoff=0.4))
         raise SystemExit(
@@ -379,8 +385,8 @@ def draw_walk(env: gym.Env, s: np.ndarray, path: list[np.ndarray]) -> Image.Imag
 def visits(games: Sequence[dict]) -> dict[str, float]:
     """Means over episodes: apples, portals, the steps of the first and of the later ways to one.
 
-    Ways count where an episode has two or more, and each such episode counts alike: without memory
-    all its ways are then equally long on average; who goes back to the portal needs less later.
+    Ways count in episodes with two or more, each episode alike. A walker without memory then needs
+    as many steps first as later, on average; one that goes back to the portal needs less later.
     """
     metrics = {
         "eval/apples": float(np.mean([game["apples"] for game in games])),
@@ -388,6 +394,7 @@ def visits(games: Sequence[dict]) -> dict[str, float]:
     }
     ways = [game["portals"] for game in games if len(game["portals"]) > 1]
     if ways:
+        metrics["eval/episodes_with_ways"] = len(ways)
         metrics["eval/steps_to_first_portal"] = float(np.mean([first for first, *_ in ways]))
         metrics["eval/steps_to_later_portals"] = float(np.mean([np.mean(w[1:]) for w in ways]))
     return metrics
@@ -621,6 +628,8 @@ def supervise(
 
 def main(args: Args) -> dict[str, float]:
     check(args)
+    if args.random_walk and not args.evaluate:
+        raise SystemExit("--random-walk is for evaluations: pass --evaluate, too.")
     torch.set_num_threads(1)  # the cores are the workers'
     torch.manual_seed(args.seed)
     net = MazeActorCritic(make_env(args).action_space.n).share_memory()
@@ -634,14 +643,14 @@ def main(args: Args) -> dict[str, float]:
     first_step, seconds = 0, 0.0
     if args.evaluate:
         path = Path(args.evaluate)
-        load_checkpoint(path, args, net)
+        load_checkpoint(path, args, net, "plain")  # the maze may be another
         film = path.with_name("game.gif") if args.capture_video else None
         try:
             return evaluate(net, args, film)
         except KeyboardInterrupt:
             raise SystemExit("Stopped.") from None
     if args.resume:
-        checkpoint = load_checkpoint(Path(args.resume), args, net, "env_id", "plain")
+        checkpoint = load_checkpoint(Path(args.resume), args, net, *TASK)
         for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
             g.copy_(saved_g)
         first_step, seconds = checkpoint["T"], checkpoint["seconds"]

@@ -347,6 +347,19 @@ def test_math_pixels_are_what_the_environment_draws():
     a3c_continuous.gaussian_a3c_losses(net, trajectory, Args())
 
 
+def test_math_an_environment_may_write_into_the_state_it_gave(monkeypatch):
+    buffer, look = np.zeros(2, np.float32), Aim.look
+
+    def look_into_buffer(self):
+        buffer[:] = look(self)
+        return buffer
+
+    monkeypatch.setattr(Aim, "look", look_into_buffer)
+    env = a3c_continuous.make_env(TOY["env_id"], pixels=False)
+    trajectory, _ = next(a3c_continuous.play_alone(env, 0, GaussianActorCritic((2,), 2), 0))
+    assert len({tuple(s[0].tolist()) for s in trajectory.s_tm1}) == 6
+
+
 def test_math_pendulum_shows_float32_and_ends_after_200_steps():
     env = a3c_continuous.make_env("Pendulum-v1", pixels=False)
     trajectory, over = next(a3c_continuous.play_alone(env, 0, GaussianActorCritic((3,), 1), 0))

@@ -149,6 +149,7 @@ def test_math_visits_are_averaged_over_ways_to_the_portal():
     assert metrics == {
         "eval/apples": 2.0,
         "eval/portals": 1.5,
+        "eval/episodes_with_ways": 2,
         "eval/steps_to_first_portal": 35.0,
         "eval/steps_to_later_portals": 40.0,
     }
@@ -298,6 +299,17 @@ def test_math_the_portal_earns_10_sets_the_agent_down_and_brings_back_the_apples
         assert not world.intersect(world.agent, world.agent.pos, world.agent.radius)
     assert labyrinth.found == {"apples": 0, "portals": [1, 2, 3]}
     assert len({tuple(place) for place in taken_from}) == 3
+
+
+def test_math_a_step_ends_in_the_portal(maze, monkeypatch):
+    """No frame of a way is walked before the way begins."""
+    maze.reset(seed=0)
+    world, moves = maze.unwrapped, []
+    monkeypatch.setattr(maze.env, "move", moves.append)
+    maze.step(2)
+    assert moves == [2, 2]
+    world.agent.pos = beside(world, world.box)
+    assert maze.step(2)[1] == 10 and moves == [2, 2, 2]
 
 
 def test_math_a_portal_never_sets_the_agent_down_at_itself(maze, monkeypatch):
@@ -528,6 +540,9 @@ def test_command_line(tmp_path, maze):
         ({"resume": "missing.pt"}, "missing.pt is missing, damaged or no checkpoint"),
         ({"evaluate": "damaged.pt"}, "damaged.pt is missing, damaged or no checkpoint"),
         ({"resume": "good.pt"}, "made with plain=False, not with plain=True"),
+        ({"evaluate": "good.pt"}, "made with plain=False, not with plain=True"),
+        ({"resume": "apple.pt"}, "made with num_apples=1, not with num_apples=4"),
+        ({"random_walk": True}, "--random-walk is for evaluations: pass --evaluate, too"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
@@ -536,6 +551,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
     Path("damaged.pt").write_bytes(b"PK\x03\x04 half a file")
     made_with = dataclasses.asdict(dataclasses.replace(args, plain=False))
     a3c_maze.save_checkpoint(Path("good.pt"), net=net.state_dict(), args=made_with)
+    made_with |= {"plain": True, "num_apples": 1}
+    a3c_maze.save_checkpoint(Path("apple.pt"), net=net.state_dict(), args=made_with)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
         a3c_maze.main(dataclasses.replace(args, **flags))
