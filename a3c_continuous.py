@@ -19,8 +19,8 @@ Departures: ours (the paper's)
     with --t-max 0 a time limit ends the return as a fall does; segments bootstrap there (not told)
     pixels: 84x84 RGB, 16 filters of 8x8 with stride 4, 32 of 4x4 with stride 2 (not told)
     gymnasium's environments (the authors' own MuJoCo models, which they did not publish)
-    actions are clipped to the box on their way into the environment, pi's density is not; states
-      and rewards are as the environment gives them; one picture without a past (not told)
+    rewards times 0.01, states as the environment gives them, one picture without a past (not told)
+    actions are clipped to the box on their way into the environment, pi's density is not (not told)
     processes, as many as there are cores (16 threads); T grows by trajectories (by steps)
     evaluation samples from pi, as training does (not told)
 
@@ -71,6 +71,7 @@ class Args:
     num_workers: int = os.cpu_count() or 1  # processes that play and learn (paper: 16)
     t_max: int = 0  # 0: whole episodes (paper); else segments of so many steps, continued by V
     discount: float = 0.99  # gamma
+    reward_scale: float = 0.01  # factor on the rewards that are learned from
     entropy_cost: float = 1e-4  # beta, of the differential entropy
     # Optimisation
     total_timesteps: int = 2_000_000  # of all workers together
@@ -209,7 +210,8 @@ def gaussian_a3c_losses(
     s_tm1, a_tm1, r_t, terminated, v_t, policy_state, value_state = trajectory
     mu, sigma2, _ = net.policy(s_tm1, policy_state)
     v, _ = net.value(s_tm1, value_state)
-    R = n_step_returns(r_t, terminated, torch.zeros_like(terminated), v_t, args.discount)
+    r_t, cut = args.reward_scale * r_t, torch.zeros_like(terminated)  # nowhere but at the end
+    R = n_step_returns(r_t, terminated, cut, v_t, args.discount)
     pi_loss = gaussian_policy_loss(mu, sigma2, a_tm1, R - v)
     v_loss = value_loss(R - v)
     entropy = differential_entropy(sigma2)

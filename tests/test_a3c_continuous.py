@@ -157,7 +157,7 @@ def test_math_losses_are_the_sums_of_a_loop(terminated):
     torch.manual_seed(0)
     net, trajectory = GaussianActorCritic((3,), 2), random_trajectory()
     trajectory.terminated[-1] = terminated
-    args = Args(discount=0.8, entropy_cost=0.3)
+    args = Args(discount=0.8, entropy_cost=0.3, reward_scale=0.5)
     pi_loss, v_loss, watched = a3c_continuous.gaussian_a3c_losses(net, trajectory, args)
     policy_state, value_state = trajectory.policy_state, trajectory.value_state
     policy, value, entropies = 0.0, 0.0, 0.0
@@ -166,7 +166,7 @@ def test_math_losses_are_the_sums_of_a_loop(terminated):
         mu, sigma2, policy_state = net.policy(s, policy_state)
         v, value_state = net.value(s, value_state)
         pi = Normal(mu[0, 0], sigma2[0, 0].sqrt())
-        R = sum(0.8 ** (j - i) * trajectory.r_t[j, 0].item() for j in range(i, 7))
+        R = sum(0.8 ** (j - i) * 0.5 * trajectory.r_t[j, 0].item() for j in range(i, 7))
         R += 0 if terminated else 0.8 ** (7 - i) * 3.0
         advantage = R - v.item()
         policy -= pi.log_prob(trajectory.a_tm1[i, 0]).sum().item() * advantage
@@ -210,6 +210,7 @@ def test_math_the_convolutions_are_linear():
 def test_math_defaults_are_the_papers():
     args = Args()
     assert (args.t_max, args.discount, args.entropy_cost) == (0, 0.99, 1e-4)
+    assert args.reward_scale == 0.01
     assert (args.rmsprop_decay, args.rmsprop_eps, args.max_gradient_norm) == (0.99, 0.1, 40)
 
 
@@ -459,7 +460,7 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
 def test_learns_to_aim_and_goes_on(tmp_path):
     """Chance misses by 2/3 a dimension and more: -8 an episode and below."""
     args = Args(**TOY | {"eval_episodes": 20}, total_timesteps=3000, report_every=1500)
-    args = dataclasses.replace(args, learning_rate=3e-3, discount=0.0, run_dir=str(tmp_path))
+    args = dataclasses.replace(args, reward_scale=1, discount=0.0, run_dir=str(tmp_path))
     args = dataclasses.replace(args, capture_video=True)
     metrics = a3c_continuous.main(args)
     assert metrics["eval/episodic_return"] > -3
