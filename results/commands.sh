@@ -128,11 +128,13 @@ python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --epochs
 python multi_object_attention.py --task addition --batch-size 256 --learning-rate 0.002 --epochs 120 --eval-every 20 --run-dir runs/multi_object_attention/addition/dram__seed1
 python multi_object_attention.py --task addition --batch-size 256 --learning-rate 0.002 --epochs 30 --learning-rate-decay 0.9 --model conv --bfloat16 --eval-every 20 --run-dir runs/multi_object_attention/addition/conv__seed1
 
-# recurrent_visual_attention.py: digits
-python recurrent_visual_attention.py --eval-every 10 --run-dir runs/recurrent_visual_attention/mnist/seed1
-python recurrent_visual_attention.py --task translated --eval-every 10 --run-dir runs/recurrent_visual_attention/translated/seed1
+# recurrent_visual_attention.py: digits and Catch
+for seed in 1 2 3; do
+    python recurrent_visual_attention.py --seed $seed --eval-every 10 --run-dir runs/recurrent_visual_attention/mnist/seed$seed
+    python recurrent_visual_attention.py --task translated --seed $seed --eval-every 10 --run-dir runs/recurrent_visual_attention/translated/seed$seed
+    python recurrent_visual_attention.py --task catch --epochs 300 --seed $seed --eval-every 20 --run-dir runs/recurrent_visual_attention/catch/seed$seed
+done
 python recurrent_visual_attention.py --task cluttered --epochs 200 --glimpse-policy random --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered/random__seed1
 python recurrent_visual_attention.py --task cluttered --epochs 200 --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered/ram__seed1
 python recurrent_visual_attention.py --task cluttered --epochs 400 --model conv --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered/conv__seed1
 python recurrent_visual_attention.py --task cluttered100 --epochs 200 --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered100/seed1
-python recurrent_visual_attention.py --task catch --epochs 300 --eval-every 20 --run-dir runs/recurrent_visual_attention/catch/seed1
