@@ -31,7 +31,7 @@ Departures: ours (the paper's). Numbers are compared with the NIPS version, not 
     the baseline is linear in h_t and trains itself alone (may depend on h_t; whether it trains the
       core is not told)
     glimpses lie on whole pixels, coarse ones are means of blocks (not told)
-    the reported error averages 10 paths (one path; reported as well)
+    the reported error averages 10 paths, that of one path stands beside it (not told)
     clutter is added to the digit and the sum clipped ("added"); zeros outside the image (not told)
     catch: the location policy keeps out of the core, which the baseline's error trains instead
       (halved), a block counts its lit pixels, the core begins with open forget gates, entropy of

@@ -473,6 +473,8 @@ def test_math_minibatch_repeats_images_for_each_path_and_sums_directions(monkeyp
     loss, _ = dram.minibatch_loss(["forward", "backward"], args, x, y)
     assert loss == 4 and [net for net, *_ in calls] == ["forward", "backward"]
     assert torch.equal(calls[0][1], x[[0, 0, 0, 1, 1, 1]])
+    dram.minibatch_loss(["forward"], Args(task="svhn"), x, y)  # one path each, by default
+    assert torch.equal(calls[-1][1], x) and torch.equal(calls[-1][2], y)
     assert torch.equal(calls[0][2], y[[0, 0, 0, 1, 1, 1]])
     assert calls[1][2][::3].tolist() == [[3, 2, 1, TERMINAL], [8, 7, TERMINAL, NO_LABEL]]
     assert round(Args().location_std ** 2, 2) == 0.03  # the paper's variance on svhn

@@ -302,15 +302,16 @@ def test_math_catch_clips_where_it_looks_but_not_the_sample():
     assert play.log_pi_l.mean().item() == pytest.approx(expected, abs=0.1)
 
 
-def test_math_paths_keep_the_label_of_their_image(monkeypatch):
+@pytest.mark.parametrize(("M", "paths"), [(0, 1), (3, 3)])
+def test_math_paths_keep_the_label_of_their_image(M, paths, monkeypatch):
     monkeypatch.setattr(ram, "look", lambda net, table, *_: table[:, -1, -1] / 28**2)
     monkeypatch.setattr(ram, "hybrid_loss", lambda net, seen, y, *_: (seen, y))
     labels = torch.arange(10).repeat(3)
     digits = labels[:, None, None].expand(30, 28, 28).byte()
     for seen, y in ram.image_losses(
-        None, Args(**DIGITS, batch_size=10, monte_carlo_samples=3), digits, labels
+        None, Args(**DIGITS, batch_size=10, monte_carlo_samples=M), digits, labels
     ):
-        assert len(y) == 30 and torch.equal(seen, y.float())
+        assert len(y) == 10 * paths and torch.equal(seen, y.float())
 
 
 # ---- Data ---------------------------------------------------------------------------------------
