@@ -110,6 +110,20 @@ class Trajectory(NamedTuple):
     value_state: LSTMState  # of the value network
 
 
+def run_lstm(
+    lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """lstm(x [N, K, :], state); a single step goes past oneDNN, which takes five times as long.
+
+    state: 2 x [1, K, H]; None: zeros.
+    """
+    if len(x) > 1:
+        return lstm(x, state)
+    state = x.new_zeros(2, 1, x.shape[1], lstm.hidden_size) if state is None else state
+    h, c = torch.lstm_cell(x[0], [part[0] for part in state], *lstm.all_weights[0])
+    return h[None], (h[None], c[None])
+
+
 class LSTMNetwork(nn.Module):
     """State -> 200 ReLUs -> LSTM 128 -> linear outputs (supplement 9).
 
@@ -132,7 +146,8 @@ class LSTMNetwork(nn.Module):
         x = s.flatten(0, 1)
         if s.dtype == torch.uint8:
             x = x.permute(0, 3, 1, 2).to(torch.float32).mul_(1 / 255)
-        x, lstm_state = self.lstm(self.trunk(x).unflatten(0, s.shape[:2]), lstm_state)
+        x = self.trunk(x).unflatten(0, s.shape[:2])
+        x, lstm_state = run_lstm(self.lstm, x, lstm_state)
         return self.outputs(x), lstm_state
 
 

@@ -31,6 +31,7 @@ import copy
 import csv
 import difflib
 import math
+import operator
 import os
 import signal
 import sys
@@ -49,7 +50,11 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 import tyro
-from gymnasium.wrappers import RecordEpisodeStatistics
+from gymnasium.wrappers import (
+    RecordEpisodeStatistics,
+    ResizeObservation,
+    TransformObservation,
+)
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -58,7 +63,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # The method
-    env_id: str = "MiniWorld-MazeS3-v0"  # 3 x 3 rooms; -MazeS2-v0: 2 x 2, -Maze-v0: 8 x 8
+    env_id: str = "MiniWorld-MazeS3-v0"  # 3 x 3 rooms; -Maze-v0: 8 x 8; VizdoomMyWayHome-v1
     plain: bool = False  # the environment's own task (a box to find), without the next three flags
     num_apples: int = 4  # at random places of a maze, each worth 1
     episode_steps: int = 900  # of an episode with apples
@@ -100,6 +105,20 @@ class Walk(NamedTuple):
     lstm_state: tuple[Tensor, Tensor] | None  # 2 x [1, K, 256] before the first step; None: zeros
 
 
+def run_lstm(
+    lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """lstm(x [N, K, :], state); a single step goes past oneDNN, which takes five times as long.
+
+    state: 2 x [1, K, H]; None: zeros.
+    """
+    if len(x) > 1:
+        return lstm(x, state)
+    state = x.new_zeros(2, 1, x.shape[1], lstm.hidden_size) if state is None else state
+    h, c = torch.lstm_cell(x[0], [part[0] for part in state], *lstm.all_weights[0])
+    return h[None], (h[None], c[None])
+
+
 class MazeActorCritic(nn.Module):
     """Policy pi and value V on one trunk that ends in 256 LSTM cells."""
 
@@ -116,7 +135,8 @@ class MazeActorCritic(nn.Module):
     def forward(self, s: Tensor, lstm_state: tuple[Tensor, Tensor] | None):
         """Logits [N, K, A], V [N, K] for consecutive s [N, K, 84, 84, 3]; the next LSTM state."""
         x = s.flatten(0, 1).permute(0, 3, 1, 2).to(torch.float32).mul_(1 / 255)
-        x, lstm_state = self.lstm(self.trunk(x).unflatten(0, s.shape[:2]), lstm_state)
+        x = self.trunk(x).unflatten(0, s.shape[:2])
+        x, lstm_state = run_lstm(self.lstm, x, lstm_state)
         return self.policy(x), self.value(x).squeeze(-1), lstm_state
 
 
@@ -286,21 +306,33 @@ def make_env(args: Args) -> gym.Env:
     """A maze seen in 84x84 RGB bytes. info["episode"] holds the score "r" of one that ended."""
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("PYGLET_HEADLESS", "true")  # draws without a screen
+    os.environ.setdefault("PYGLET_DEBUG_GL", "false")  # no look for errors after every call
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa draws in this process: the cores are taken
+    settings = {}
     try:
-        if ":" not in args.env_id:  # which would import the module before it
+        if args.env_id.startswith("Vizdoom"):
+            import vizdoom.gymnasium_wrapper  # noqa: F401  it registers its scenarios
+
+            settings = {"frame_skip": 4}
+        elif ":" not in args.env_id:  # which would import the module before it
             import miniworld  # noqa: F401  it registers its mazes and looks for OpenGL
-        sizes = {"obs_width": 84, "obs_height": 84, "window_width": 252, "window_height": 252}
-        sizes = sizes if args.env_id.startswith("MiniWorld-") else {}
+
+            sizes = {"obs_width": 84, "obs_height": 84, "window_width": 252, "window_height": 252}
+            settings = sizes if args.env_id.startswith("MiniWorld-") else {}
         with redirect_stdout(None):  # no remarks on how smooth edges are drawn
-            env = gym.make(args.env_id, **sizes)
+            env = gym.make(args.env_id, **settings)
     except Exception as error:  # OpenGL's parts have many ways of being missing
         nearest = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, cutoff=0.4))
         raise SystemExit(
             f"{args.env_id} cannot be made ({error}). Nearest names: {nearest or 'none'}. "
             "MiniWorld needs pip install miniworld and, to draw, EGL and Mesa (Debian: apt-get "
-            "install libegl1 libgl1 libglu1-mesa libgl1-mesa-dri)."
+            "install libegl1 libgl1 libglu1-mesa libgl1-mesa-dri); VizDoom pip install vizdoom."
         ) from None
 
+    if "screen" in getattr(env.observation_space, "spaces", ()):
+        screen = env.observation_space["screen"]  # VizDoom's, 320x240
+        env = TransformObservation(env, operator.itemgetter("screen"), screen)
+        env = ResizeObservation(env, (84, 84))
     views, actions = env.observation_space, env.action_space
     fits = views.shape == (84, 84, 3) and views.dtype == np.uint8
     if not fits or not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:

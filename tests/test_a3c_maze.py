@@ -70,7 +70,17 @@ class CrashingDoors(Doors):
         return super().step(action + 1 // (2 - self.t))
 
 
-for kind in (Doors, GreyDoors, CrashingDoors):
+class VizdoomDoors(Doors):
+    """Shows what VizDoom shows: a screen of 320x240 in a dictionary."""
+
+    screen = gym.spaces.Box(0, 255, (240, 320, 3), np.uint8)
+    observation_space = gym.spaces.Dict({"screen": screen})
+
+    def look(self) -> dict[str, np.ndarray]:
+        return {"screen": super().look().repeat(4, 1)[:60, :320].repeat(4, 0)}
+
+
+for kind in (Doors, GreyDoors, CrashingDoors, VizdoomDoors):
     gym.register(f"{kind.__name__}-v0", f"test_a3c_maze:{kind.__name__}")
 gym.register("TruncatedDoors-v0", "test_a3c_maze:Doors", kwargs={"truncates": True})
 
@@ -140,6 +150,41 @@ def test_math_the_network():
         torch.testing.assert_close(logits[t], net.policy(h), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(v[t], net.value(h)[:, 0], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close((h_end[0], c_end[0]), (h, c), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_math_single_steps_of_the_lstm_are_those_of_its_sequences(K):
+    torch.manual_seed(1)
+    lstm, x = torch.nn.LSTM(7, 5), torch.randn(6, K, 7)
+    (y, ends), state = lstm(x, None), None
+    for t in range(6):
+        y_t, state = a3c_maze.run_lstm(lstm, x[t : t + 1], state)
+        torch.testing.assert_close(y_t, y[t : t + 1])
+    torch.testing.assert_close(state, ends)
+    middle = a3c_maze.run_lstm(lstm, x[:4], None)[1]
+    torch.testing.assert_close(a3c_maze.run_lstm(lstm, x[4:], middle), (y[4:], ends))
+
+
+def test_math_a_screen_in_a_dictionary_is_shrunk():
+    env = doors("VizdoomDoors-v0")
+    s = env.reset(seed=1)[0]
+    assert s.shape == (84, 84, 3) and s.dtype == np.uint8
+    left, right = s[:, :40, 1].mean(), s[:, 44:, 1].mean()
+    assert abs(right - left) > 250 and (right > left) == env.unwrapped.side
+    assert (env.step(env.unwrapped.side)[0][..., 0] == 30).all()
+
+
+def test_math_vizdoom(tmp_path, monkeypatch):
+    pytest.importorskip("vizdoom", reason="pip install vizdoom")
+    monkeypatch.chdir(tmp_path)  # it leaves its settings there
+    env = a3c_maze.make_env(Args(env_id="VizdoomMyWayHome-v1", plain=True))
+    views = [env.reset(seed=1)[0], env.step(1)[0]]
+    assert all(s.shape == (84, 84, 3) and s.std() > 10 for s in views)
+    info = {}
+    while "episode" not in info:
+        info = env.step(0)[4]
+    assert info["episode"]["l"] == 525  # 60 s at 35 frames/s, in steps of four
+    assert info["episode"]["r"] == pytest.approx(-0.21, abs=1e-3)
 
 
 def test_math_visits_are_averaged_over_ways_to_the_portal():
