@@ -15,7 +15,7 @@ Departures: ours (the paper's)
     the end of the time cuts a return off with V, as the end of a segment does (not told)
     segments of 20 steps (5 in the other domains); 256 LSTM cells after the network of DQN 2013,
       which sees one RGB view (after that of DQN 2015, with four screens, on Atari; here not told)
-    learning rate 7e-4 (searched), RMSProp's epsilon 0.1, gradient norm 40 (not told)
+    learning rate 2e-4 (searched), RMSProp's epsilon 1e-7, gradient norm 40 (not told)
     gradient of V: (R - V) / 2 (2 (R - V)); rewards are not clipped; discount 0.99, entropy cost
       0.01 as on Atari; evaluation samples from pi, as training does (not told)
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
@@ -75,9 +75,9 @@ class Args:
     value_cost: float = 0.5  # factor on (R - V)^2 / 2
     # Optimisation
     total_timesteps: int = 6_000_000  # of all workers together
-    learning_rate: float = 7e-4  # at the start; falls linearly to 0
+    learning_rate: float = 2e-4  # at the start; falls linearly to 0
     rmsprop_decay: float = 0.99  # of the running squared gradient g
-    rmsprop_eps: float = 0.1  # inside the root
+    rmsprop_eps: float = 1e-7  # inside the root
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
     # The run
     report_every: int = 50_000  # steps between two reports, each with a checkpoint

@@ -195,6 +195,17 @@ def test_math_the_networks_are_those_of_the_supplement():
     torch.testing.assert_close(sigma2.item(), math.log1p(outputs[6].exp()) + 1e-5)
 
 
+def test_math_acting_step_by_step_gives_what_learning_sees_in_a_whole_episode():
+    net = GaussianActorCritic((4,), 2)
+    s, state = torch.randn(9, 2, 4), None
+    mu, sigma2, ends = net.policy(s, None)
+    for t in range(9):
+        mu_t, sigma2_t, state = net.policy(s[t : t + 1], state)
+        torch.testing.assert_close(mu_t, mu[t : t + 1])
+        torch.testing.assert_close(sigma2_t, sigma2[t : t + 1])
+    torch.testing.assert_close(state, ends)
+
+
 def test_math_the_convolutions_are_linear():
     net = GaussianActorCritic((84, 84, 3), 1)
     kinds = [type(layer) for layer in net.pi.trunk]
