@@ -4,11 +4,11 @@
     Shows    algorithm S2 with shared RMSProp: no replay memory, no GPU (figure 1)
     Run      python a3c_atari.py --env-id PongNoFrameskip-v4 --num-workers 2 --envs-per-worker 8
                --total-timesteps 10000000 --eval-episodes 30
-    Result   -13.4 (deviation of 30 games 6.7, seed 1) in 111 minutes on 2 cores of an AMD EPYC;
+    Result   -13.4 (deviation of 30 games 6.7, seed 1) in 111 min on 2 cores of an AMD EPYC;
                paper: 11.4 after 80 M steps of the larger network, human starts
     Run      python a3c_atari.py --num-workers 2 --envs-per-worker 8 --total-timesteps 20000000
                --eval-episodes 30
-    Result   32.1 (deviation of 30 games 13.3, seed 1) in 258 minutes, mostly beside other work, on
+    Result   32.1 (deviation of 30 games 13.3, seed 1) in 258 min, mostly beside other work, on
                the same machine; paper: 551.6 after 80 M steps of the larger network, human starts
 
 Departures: ours (the paper's); those of the first line are the authors' later answers
@@ -67,7 +67,7 @@ class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
     network: Literal["small", "large"] = "small"  # the network of DQN 2013 or of DQN 2015
     lstm: bool = False  # 256 LSTM cells after the last hidden layer
-    num_workers: int = os.cpu_count() or 1  # processes that play and learn (paper: 16)
+    num_workers: int = os.cpu_count() or 1  # processes that play and learn
     envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
     t_max: int = 5  # steps of a segment, at most
     discount: float = 0.99  # gamma
@@ -76,7 +76,7 @@ class Args:
     # Optimisation
     total_timesteps: int = 80_000_000  # of all workers together; 320 M frames, the paper's day
     learning_rate: float = 7e-4  # at the start; falls linearly to 0
-    rmsprop_decay: float = 0.99  # of the running squared gradient g
+    rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # inside the root
     rmsprop_start: float = 0.0  # of g; ports to TensorFlow, whose eps is 1e-5, begin at 1
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
@@ -277,7 +277,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
             env = gym.make(env_id, render_mode=None if training else "rgb_array", **atari)
         else:
             env = gym.make(env_id)
-    except (gym.error.Error, ImportError, ValueError) as error:
+    except Exception as error:  # an environment may raise anything
         nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
         raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
 
@@ -438,7 +438,7 @@ def worker(
 
         for game in games:
             log.put(("charts/episodic_return", float(game["r"]), step))
-            log.put(("charts/episodic_length", float(game["l"]), step))
+            log.put(("charts/episodic_length", float(game["l"]), step))  # frames
         updates += 1
         if updates % 100 == 0 or not math.isfinite(watched["losses/gradient_norm"]):
             for tag, value in watched.items():
@@ -470,23 +470,22 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
-                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{path} was made with {flag} {theirs}, not with {flag} {ours}.")
         net.load_state_dict(checkpoint["net"])
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         kind = type(error).__name__
         raise SystemExit(
-            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+            f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
     return checkpoint
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    if args.resume:
-        return Path(args.resume).parent
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists():
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    if not args.resume and (run_dir / "checkpoint.pt").exists():
         raise SystemExit(
             f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
             "another --run-dir begins anew."
@@ -495,11 +494,14 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "metrics.csv").touch()
     except OSError as error:
-        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+        raise SystemExit(
+            f"{run_dir} cannot be written to ({error}): choose another folder."
+        ) from None
     return run_dir
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
 
 def check(args: Args) -> None:
@@ -511,6 +513,8 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if getattr(args, "rmsprop_eps", 1) == 0:
+        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
@@ -523,8 +527,8 @@ def drain(log, recent: dict[str, list[float]]) -> None:
         tag, value, step = log.get()
         if not math.isfinite(value):
             raise SystemExit(
-                f"{tag} is {value} at step {step}: the run stops. The checkpoint in its folder is "
-                "from before; a smaller --learning-rate often helps."
+                f"{tag} is {value} at step {step}: the run stops. The last checkpoint is the one "
+                "before; a smaller --learning-rate often helps."
             )
         recent[tag].append(value)
 
@@ -586,8 +590,8 @@ def supervise(
     return metrics
 
 
-def main(args: Args) -> dict[str, float]:
-    check(args)
+def run(args: Args) -> dict[str, float]:
+    """Train, or evaluate a checkpoint."""
     torch.set_num_threads(1)  # the cores are the workers'
     torch.manual_seed(args.seed)
     num_actions = make_env(args.env_id).action_space.n
@@ -606,10 +610,7 @@ def main(args: Args) -> dict[str, float]:
         path = Path(args.evaluate)
         load_checkpoint(path, args, net, "env_id", "network", "lstm")
         film = path.with_name("game.gif") if args.capture_video else None
-        try:
-            return evaluate(net, args, film)
-        except KeyboardInterrupt:
-            raise SystemExit("Stopped.") from None
+        return evaluate(net, args, film)
     if args.resume:
         checkpoint = load_checkpoint(Path(args.resume), args, net, "env_id", "network", "lstm")
         for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
@@ -628,6 +629,14 @@ def main(args: Args) -> dict[str, float]:
     T, log = spawn.Value("q", first_step), spawn.Queue()
     arguments = args, first_step, net, optimizer, T, log
     return supervise(worker, arguments, args, T, log, writer, seconds, save, evaluate_now)
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    try:
+        return run(args)
+    except KeyboardInterrupt:  # before or after training
+        raise SystemExit("Stopped.") from None
 
 
 if __name__ == "__main__":

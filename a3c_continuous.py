@@ -2,20 +2,20 @@
 
     Paper    Mnih et al., "Asynchronous methods for deep reinforcement learning", ICML 2016
     Shows    A3C learns motor control from states, or from pixels (section 5.3, supplement 9)
-    Run      python a3c_continuous.py --num-workers 2
+    Run      python a3c_continuous.py --num-workers 2 --total-timesteps 500000 --eval-episodes 30
     Result   not yet measured
     Run      python a3c_continuous.py --env-id Pendulum-v1 --t-max 20 --discount 0.95
-               --learning-rate 3e-3 --num-workers 2
+               --num-workers 2 --total-timesteps 500000 --eval-episodes 30
     Result   not yet measured
-    Run      python a3c_continuous.py --env-id Reacher-v5 --reward-scale 1 --entropy-cost 0.02
-               --discount 0.9 --num-workers 2
+    Run      python a3c_continuous.py --env-id Reacher-v5 --discount 0.95 --reward-scale 0.1
+               --entropy-cost 1e-3 --num-workers 2 --total-timesteps 1000000 --eval-episodes 30
     Result   not yet measured
-    Run      python a3c_continuous.py --env-id HalfCheetah-v5 --learning-rate 3e-3 --num-workers 2
+    Run      python a3c_continuous.py --env-id HalfCheetah-v5 --num-workers 2
                --total-timesteps 10000000
     Result   not yet measured
 
 Departures: ours (the paper's)
-    learning rate 1e-3 (the best of many from 1e-5 to 1e-1), RMSProp's epsilon 0.1 (not told)
+    learning rate 3e-4 (the best of many from 1e-5 to 1e-1), RMSProp's epsilon 1e-7 (not told)
     discount 0.99 and a norm of 40 for each network's gradient by itself (not told)
     gradient of V: R - V (2 (R - V)); variance at least 1e-5 (no bound told)
     with --t-max 0 a time limit ends the return as a fall does; segments bootstrap there (not told)
@@ -29,7 +29,8 @@ Departures: ours (the paper's)
 Symbols: theta shared parameters; g running average of their squared gradients; T steps taken by
 all workers; a_tm1 taken in s_tm1 gives r_t and s_t; R return; V value; pi policy with mean mu and
 variance sigma^2.
-Shapes: K = 1 environment of a worker, N steps of a trajectory, A dimensions of an action.
+Shapes: K = 1 environment of a worker, N steps of a trajectory, A dimensions of an action, D
+numbers of a state.
 """
 
 import copy
@@ -70,16 +71,16 @@ class Args:
     # The method
     env_id: str = "InvertedPendulum-v5"  # any task with a Box of actions and a vector of states
     pixels: bool = False  # an 84x84 RGB picture is seen in the place of the vector
-    num_workers: int = os.cpu_count() or 1  # processes that play and learn (paper: 16)
+    num_workers: int = os.cpu_count() or 1  # processes that play and learn
     t_max: int = 0  # 0: whole episodes (paper); else segments of so many steps, continued by V
     discount: float = 0.99  # gamma
     reward_scale: float = 0.01  # factor on the rewards that are learned from
     entropy_cost: float = 1e-4  # beta, of the differential entropy
     # Optimisation
     total_timesteps: int = 2_000_000  # of all workers together
-    learning_rate: float = 1e-3  # at the start; falls linearly to 0
-    rmsprop_decay: float = 0.99  # of the running squared gradient g
-    rmsprop_eps: float = 0.1  # inside the root
+    learning_rate: float = 3e-4  # at the start; falls linearly to 0
+    rmsprop_decay: float = 0.99  # of the running squared gradient
+    rmsprop_eps: float = 1e-7  # inside the root
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
     # The run
     report_every: int = 50_000  # steps between two reports, each with a checkpoint
@@ -442,7 +443,7 @@ def worker(
 
         if game:
             log.put(("charts/episodic_return", float(game["r"]), step))
-            log.put(("charts/episodic_length", float(game["l"]), step))
+            log.put(("charts/episodic_length", float(game["l"]), step))  # steps
         updates += 1
         if updates % 100 == 0 or not math.isfinite(watched["losses/gradient_norm"]):
             for tag, value in watched.items():
@@ -474,23 +475,22 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
-                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{path} was made with {flag} {theirs}, not with {flag} {ours}.")
         net.load_state_dict(checkpoint["net"])
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         kind = type(error).__name__
         raise SystemExit(
-            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+            f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
     return checkpoint
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    if args.resume:
-        return Path(args.resume).parent
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists():
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    if not args.resume and (run_dir / "checkpoint.pt").exists():
         raise SystemExit(
             f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
             "another --run-dir begins anew."
@@ -499,11 +499,14 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "metrics.csv").touch()
     except OSError as error:
-        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+        raise SystemExit(
+            f"{run_dir} cannot be written to ({error}): choose another folder."
+        ) from None
     return run_dir
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
 
 def check(args: Args) -> None:
@@ -515,6 +518,8 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if getattr(args, "rmsprop_eps", 1) == 0:
+        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
@@ -527,8 +532,8 @@ def drain(log, recent: dict[str, list[float]]) -> None:
         tag, value, step = log.get()
         if not math.isfinite(value):
             raise SystemExit(
-                f"{tag} is {value} at step {step}: the run stops. The checkpoint in its folder is "
-                "from before; a smaller --learning-rate often helps."
+                f"{tag} is {value} at step {step}: the run stops. The last checkpoint is the one "
+                "before; a smaller --learning-rate often helps."
             )
         recent[tag].append(value)
 
@@ -590,8 +595,8 @@ def supervise(
     return metrics
 
 
-def main(args: Args) -> dict[str, float]:
-    check(args)
+def run(args: Args) -> dict[str, float]:
+    """Train, or evaluate a checkpoint."""
     torch.set_num_threads(1)  # the cores are the workers'
     torch.manual_seed(args.seed)
     env = make_env(args.env_id, args.pixels, args.capture_video)
@@ -608,10 +613,7 @@ def main(args: Args) -> dict[str, float]:
         path = Path(args.evaluate)
         load_checkpoint(path, args, net, "env_id", "pixels")
         film = path.with_name("game.gif") if args.capture_video else None
-        try:
-            return evaluate(net, args, film)
-        except KeyboardInterrupt:
-            raise SystemExit("Stopped.") from None
+        return evaluate(net, args, film)
     if args.resume:
         checkpoint = load_checkpoint(Path(args.resume), args, net, "env_id", "pixels")
         for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
@@ -630,6 +632,14 @@ def main(args: Args) -> dict[str, float]:
     T, log = spawn.Value("q", first_step), spawn.Queue()
     arguments = args, first_step, net, optimizer, T, log
     return supervise(worker, arguments, args, T, log, writer, seconds, save, evaluate_now)
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    try:
+        return run(args)
+    except KeyboardInterrupt:  # before or after training
+        raise SystemExit("Stopped.") from None
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ Departures: ours (the paper's)
     gradient of V: (R - V) / 2 (2 (R - V)); rewards are not clipped; discount 0.99, entropy cost
       0.01 as on Atari; evaluation samples from pi, as training does (not told)
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
-    --plain, the task that MiniWorld itself sets, is none of the paper's
+    --plain, the task that MiniWorld or VizDoom itself sets, is none of the paper's;
+      VizdoomMyWayHome-v1 needs it and pip install vizdoom
 
 Symbols: theta shared parameters; g running average of their squared gradients; T steps taken by
 all workers; a_tm1 taken in s_tm1 gives r_t and s_t; R n-step return; V value; pi policy.
@@ -68,7 +69,7 @@ class Args:
     num_apples: int = 4  # at random places of a maze, each worth 1
     episode_steps: int = 900  # of an episode with apples
     action_repeat: int = 2  # frames of the world in a step, with apples
-    num_workers: int = os.cpu_count() or 1  # processes that play and learn (paper: 16)
+    num_workers: int = os.cpu_count() or 1  # processes that play and learn
     t_max: int = 20  # steps of a segment, at most
     discount: float = 0.99  # gamma
     entropy_cost: float = 0.01  # beta
@@ -76,7 +77,7 @@ class Args:
     # Optimisation
     total_timesteps: int = 6_000_000  # of all workers together
     learning_rate: float = 2e-4  # at the start; falls linearly to 0
-    rmsprop_decay: float = 0.99  # of the running squared gradient g
+    rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 1e-7  # inside the root
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
     # The run
@@ -101,7 +102,7 @@ class Walk(NamedTuple):
     a_tm1: Tensor  # [N, K] actions
     r_t: Tensor  # [N, K] rewards
     terminated: Tensor  # [N, K] the step ended the episode: nothing follows
-    v_t: Tensor  # [N, K] V(s_t), known where the segment ends
+    v_t: Tensor  # [N, K] V(s_t), known where the walk ends
     lstm_state: tuple[Tensor, Tensor] | None  # 2 x [1, K, 256] before the first step; None: zeros
 
 
@@ -181,7 +182,7 @@ def policy_entropy(logits: Tensor) -> Tensor:
 
 
 def maze_a3c_loss(net: MazeActorCritic, walk: Walk, args: Args) -> tuple[Tensor, dict[str, float]]:
-    """Algorithm S2's sum over a segment with section 4's entropy; its parts, a step's mean each."""
+    """Algorithm S2's sum over a walk with section 4's entropy; its parts, a step's mean each."""
     logits, v, _ = net(walk.s_tm1, walk.lstm_state)
     cut = torch.zeros_like(walk.terminated)  # nowhere but after the last step
     R = n_step_returns(walk.r_t, walk.terminated, cut, walk.v_t, args.discount)
@@ -230,7 +231,8 @@ def clip_by_norm(gradients: Sequence[Tensor], max_norm: float) -> float:
 # ---- The game -----------------------------------------------------------------------------------
 
 
-TASK = "env_id", "plain", "num_apples", "episode_steps", "action_repeat"  # flags that set it
+APPLES = "num_apples", "episode_steps", "action_repeat"  # flags of the task with apples
+TASK = "env_id", "plain", *APPLES  # flags that set it
 
 
 class Labyrinth(gym.Wrapper):
@@ -359,7 +361,7 @@ def as_input(s: np.ndarray) -> Tensor:
 def explore_mazes(
     env: gym.Env, seed: int, net: MazeActorCritic, t_max: int
 ) -> Iterator[tuple[Walk, dict | None]]:
-    """Endless segments, each played with the parameters net has by then.
+    """Endless walks, each played with the parameters net has by then.
 
     Each comes with the score "r" and the steps "l" of the episode that ended with it, if one did.
     """
@@ -458,6 +460,7 @@ def evaluate(
         labyrinths += [info["labyrinth"]] if "labyrinth" in info else []
     if film:
         pictures[0].save(film, save_all=True, append_images=pictures[1:], duration=67, loop=0)
+    env.close()
     return {
         "eval/episodic_return": float(np.mean([game["r"] for game in games])),
         "eval/episodic_return_std": float(np.std([game["r"] for game in games])),
@@ -469,7 +472,7 @@ def evaluate(
 def update(
     net: MazeActorCritic, optimizer: SharedRMSProp, walk: Walk, learning_rate: float, args: Args
 ) -> dict[str, float]:
-    """Move the shared parameters by the gradient that net, a copy of them, has on a segment.
+    """Move the shared parameters by the gradient that net, a copy of them, has on a walk.
 
     A gradient that is not finite moves nothing; the norm returned tells.
     """
@@ -499,10 +502,10 @@ def worker(
     np.random.seed(numpy_seed)  # for environments that use it
 
     env, net = make_env(args), copy.deepcopy(shared)  # theta'
-    segments = explore_mazes(env, env_seed, net, args.t_max)
+    walks = explore_mazes(env, env_seed, net, args.t_max)
     while T.value < args.total_timesteps and main_process.is_alive():
         copy_parameters(shared, net)
-        walk, game = next(segments)
+        walk, game = next(walks)
         with T.get_lock():
             step = T.value = T.value + walk.r_t.numel()
         learning_rate = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
@@ -510,7 +513,7 @@ def worker(
 
         if game:
             log.put(("charts/episodic_return", float(game["r"]), step))
-            log.put(("charts/episodic_length", float(game["l"]), step))
+            log.put(("charts/episodic_length", float(game["l"]), step))  # steps
         updates += 1
         if updates % 100 == 0 or not math.isfinite(watched["losses/gradient_norm"]):
             for tag, value in watched.items():
@@ -542,23 +545,22 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
-                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{path} was made with {flag} {theirs}, not with {flag} {ours}.")
         net.load_state_dict(checkpoint["net"])
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         kind = type(error).__name__
         raise SystemExit(
-            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+            f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
     return checkpoint
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    if args.resume:
-        return Path(args.resume).parent
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists():
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    if not args.resume and (run_dir / "checkpoint.pt").exists():
         raise SystemExit(
             f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
             "another --run-dir begins anew."
@@ -567,11 +569,14 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "metrics.csv").touch()
     except OSError as error:
-        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+        raise SystemExit(
+            f"{run_dir} cannot be written to ({error}): choose another folder."
+        ) from None
     return run_dir
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
 
 def check(args: Args) -> None:
@@ -583,10 +588,24 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if getattr(args, "rmsprop_eps", 1) == 0:
+        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def check_walk(args: Args) -> None:
+    """Refuse combinations of flags that no run can have."""
+    if args.random_walk and not args.evaluate:
+        raise SystemExit("--random-walk is for evaluations: pass --evaluate, too.")
+    given = [name for name in APPLES if getattr(args, name) != getattr(Args, name)]
+    if args.plain and given:
+        raise SystemExit(
+            "--num-apples, --episode-steps and --action-repeat are for the task with apples: "
+            "leave --plain out."
+        )
 
 
 def drain(log, recent: dict[str, list[float]]) -> None:
@@ -595,8 +614,8 @@ def drain(log, recent: dict[str, list[float]]) -> None:
         tag, value, step = log.get()
         if not math.isfinite(value):
             raise SystemExit(
-                f"{tag} is {value} at step {step}: the run stops. The checkpoint in its folder is "
-                "from before; a smaller --learning-rate often helps."
+                f"{tag} is {value} at step {step}: the run stops. The last checkpoint is the one "
+                "before; a smaller --learning-rate often helps."
             )
         recent[tag].append(value)
 
@@ -658,10 +677,8 @@ def supervise(
     return metrics
 
 
-def main(args: Args) -> dict[str, float]:
-    check(args)
-    if args.random_walk and not args.evaluate:
-        raise SystemExit("--random-walk is for evaluations: pass --evaluate, too.")
+def run(args: Args) -> dict[str, float]:
+    """Train, or evaluate a checkpoint."""
     torch.set_num_threads(1)  # the cores are the workers'
     torch.manual_seed(args.seed)
     net = MazeActorCritic(make_env(args).action_space.n).share_memory()
@@ -677,10 +694,7 @@ def main(args: Args) -> dict[str, float]:
         path = Path(args.evaluate)
         load_checkpoint(path, args, net, "plain")  # the maze may be another
         film = path.with_name("game.gif") if args.capture_video else None
-        try:
-            return evaluate(net, args, film)
-        except KeyboardInterrupt:
-            raise SystemExit("Stopped.") from None
+        return evaluate(net, args, film)
     if args.resume:
         checkpoint = load_checkpoint(Path(args.resume), args, net, *TASK)
         for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
@@ -699,6 +713,15 @@ def main(args: Args) -> dict[str, float]:
     T, log = spawn.Value("q", first_step), spawn.Queue()
     arguments = args, first_step, net, optimizer, T, log
     return supervise(worker, arguments, args, T, log, writer, seconds, save, evaluate_now)
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    check_walk(args)
+    try:
+        return run(args)
+    except KeyboardInterrupt:  # before or after training
+        raise SystemExit("Stopped.") from None
 
 
 if __name__ == "__main__":

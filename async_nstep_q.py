@@ -13,7 +13,8 @@ Departures: ours (the paper's); those of the first line are the authors' later a
     the gradients of a one-step segment are taken together at its end (each at its own step), and
       theta^- is renewed after the update of the segment in which it was due (at that step)
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
-    rewards clipped to [-1, 1], training episodes end with a life, 108,000 frames a game (not told)
+    g begins at 0, rewards are clipped to [-1, 1], training episodes end with a life, games after
+      108,000 frames (not told)
     up to 30 no-ops before a game (not told); no GPU, that being the paper's point
     today's action sets: Pong 6 (3); sticky actions with ALE/*-v5 ids (none)
     K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
@@ -65,7 +66,7 @@ class Args:
     algorithm: Literal["nstep-q", "onestep-q", "onestep-sarsa"] = "nstep-q"  # S1, or variants of 1
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
     network: Literal["small", "large"] = "small"  # the network of DQN 2013 or of DQN 2015
-    num_workers: int = os.cpu_count() or 1  # processes that play and learn (paper: 16)
+    num_workers: int = os.cpu_count() or 1  # processes that play and learn
     envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
     t_max: int = 5  # steps of a segment, at most; I_AsyncUpdate of the one-step methods
     discount: float = 0.99  # gamma
@@ -74,7 +75,7 @@ class Args:
     # Optimisation
     total_timesteps: int = 80_000_000  # of all workers together; 320 M frames, the paper's day
     learning_rate: float = 7e-4  # at the start; falls linearly to 0
-    rmsprop_decay: float = 0.99  # of the running squared gradient g
+    rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # inside the root
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
     # The run
@@ -84,7 +85,7 @@ class Args:
     eval_epsilon: float = 0.05  # exploration in evaluation
     capture_video: bool = False  # write the first game of an evaluation as a GIF
     seed: int = 1  # of every random number; workers race, so runs still differ
-    run_dir: str = ""  # for logs, films, checkpoint.pt; default runs/GAME__SCRIPT__SEED__TIME
+    run_dir: str = ""  # for logs, films, checkpoint.pt; default runs/GAME-ALGORITHM__SCRIPT__...
     resume: str = ""  # a checkpoint.pt to continue from, in its own folder
     evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
 
@@ -121,6 +122,7 @@ class QNetwork(nn.Module):
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def forward(self, s: Tensor) -> Tensor:
+        """Q [..., A] of screens s [..., 84, 84, 4], bytes."""
         x = s.flatten(0, -4).permute(0, 3, 1, 2).to(torch.float32).mul_(1 / 255)
         return self.value(self.trunk(x)).unflatten(0, s.shape[:-3])
 
@@ -173,9 +175,9 @@ def draw_final_epsilons(count: int) -> Tensor:
     return torch.tensor(FINAL_EPSILONS)[drawn]
 
 
-def annealed(final_epsilon: Tensor, T: int, epsilon_timesteps: int) -> Tensor:
-    """The exploration rate on its way from 1 to its final value."""
-    return 1 + (final_epsilon - 1) * min(1.0, T / epsilon_timesteps)
+def exploration_rate(t: int, final_epsilon: Tensor | float, fall: int) -> Tensor | float:
+    """epsilon at t, on its way from 1 to its final value, which it has after fall."""
+    return 1 + (final_epsilon - 1) * min(1.0, t / fall)
 
 
 @torch.no_grad()
@@ -261,7 +263,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
             env = gym.make(env_id, render_mode=None if training else "rgb_array", **atari)
         else:
             env = gym.make(env_id)
-    except (gym.error.Error, ImportError, ValueError) as error:
+    except Exception as error:  # an environment may raise anything
         nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
         raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
 
@@ -390,7 +392,7 @@ def update(
     if math.isfinite(norm):
         optimizer.step(gradients, learning_rate)
     return {
-        "losses/td_loss": loss.item() / segment.r_t.numel(),
+        "losses/td_loss": loss.item() / segment.r_t.numel(),  # (y - Q)^2
         "losses/q_values": q.mean().item(),
         "losses/gradient_norm": norm,
         "charts/learning_rate": learning_rate,
@@ -422,7 +424,7 @@ def worker(
         net = QNetwork(envs[0].action_space.n, args.network)  # theta'
 
     def choose(s: Tensor) -> Tensor:
-        epsilon = annealed(final_epsilons[rank], T.value, args.epsilon_timesteps)
+        epsilon = exploration_rate(T.value, final_epsilons[rank], args.epsilon_timesteps)
         with torch.no_grad():
             return epsilon_greedy(net(s), epsilon)
 
@@ -441,7 +443,7 @@ def worker(
 
         for game in games:
             log.put(("charts/episodic_return", float(game["r"]), step))
-            log.put(("charts/episodic_length", float(game["l"]), step))
+            log.put(("charts/episodic_length", float(game["l"]), step))  # frames
             final_epsilons[rank, game["k"]] = draw_final_epsilons(1)[0]
             log.put((f"charts/final_epsilon_{rank}", final_epsilons[rank].mean().item(), step))
         updates += 1
@@ -475,23 +477,22 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
-                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{path} was made with {flag} {theirs}, not with {flag} {ours}.")
         net.load_state_dict(checkpoint["net"])
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         kind = type(error).__name__
         raise SystemExit(
-            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+            f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
     return checkpoint
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    if args.resume:
-        return Path(args.resume).parent
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists():
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    if not args.resume and (run_dir / "checkpoint.pt").exists():
         raise SystemExit(
             f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
             "another --run-dir begins anew."
@@ -500,11 +501,14 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "metrics.csv").touch()
     except OSError as error:
-        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+        raise SystemExit(
+            f"{run_dir} cannot be written to ({error}): choose another folder."
+        ) from None
     return run_dir
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
 
 def check(args: Args) -> None:
@@ -516,6 +520,8 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if getattr(args, "rmsprop_eps", 1) == 0:
+        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
@@ -528,8 +534,8 @@ def drain(log, recent: dict[str, list[float]]) -> None:
         tag, value, step = log.get()
         if not math.isfinite(value):
             raise SystemExit(
-                f"{tag} is {value} at step {step}: the run stops. The checkpoint in its folder is "
-                "from before; a smaller --learning-rate often helps."
+                f"{tag} is {value} at step {step}: the run stops. The last checkpoint is the one "
+                "before; a smaller --learning-rate often helps."
             )
         recent[tag].append(value)
 
@@ -591,8 +597,8 @@ def supervise(
     return metrics
 
 
-def main(args: Args) -> dict[str, float]:
-    check(args)
+def run(args: Args) -> dict[str, float]:
+    """Train, or evaluate a checkpoint."""
     torch.set_num_threads(1)  # the cores are the workers'
     torch.manual_seed(args.seed)
     num_actions = make_env(args.env_id).action_space.n
@@ -618,10 +624,7 @@ def main(args: Args) -> dict[str, float]:
         path = Path(args.evaluate)
         load_checkpoint(path, args, net, "env_id", "network")
         film = path.with_name("game.gif") if args.capture_video else None
-        try:
-            return evaluate(net, args, film)
-        except KeyboardInterrupt:
-            raise SystemExit("Stopped.") from None
+        return evaluate(net, args, film)
     if args.resume:
         shaping = ("env_id", "network", "algorithm")
         checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping)
@@ -644,6 +647,14 @@ def main(args: Args) -> dict[str, float]:
     T, log = spawn.Value("q", first_step), spawn.Queue()
     arguments = args, first_step, net, target_net, optimizer, final_epsilons, T, log
     return supervise(worker, arguments, args, T, log, writer, seconds, save, evaluate_now)
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    try:
+        return run(args)
+    except KeyboardInterrupt:  # before or after training
+        raise SystemExit("Stopped.") from None
 
 
 if __name__ == "__main__":

@@ -27,10 +27,12 @@ Departures: ours (the paper's)
     bandit: the mean of a Gaussian of deviation 1 is learned by Adam, 1e-5; an unfilled buffer
       counts as a full one, its interactions repeated (not told)
     chosen by the validation error of the mean weights (by which is not told)
+    a prediction averages 10 networks drawn (not told)
 
 Symbols: w weights and biases as one vector, q(w) = N(mu, sigma^2) with sigma = log(1 + e^rho) their
 posterior, P(w) their prior, eps unit noise, M minibatches of an epoch, pi_i share of the KL in the
-i-th. Shapes: W weights, B examples, S samples of w.
+i-th.
+Shapes: W weights, B examples, S samples of w.
 """
 
 import csv
@@ -38,6 +40,7 @@ import ctypes
 import gzip
 import hashlib
 import math
+import signal
 import sys
 import time
 import urllib.request
@@ -93,7 +96,7 @@ class Args:
     report_every: int = 1000  # bandit: mushrooms between two reports
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     seed: int = 1  # of every random number
-    run_dir: str = ""  # for logs, pictures, checkpoint.pt; default runs/TASK__SCRIPT__SEED__TIME
+    run_dir: str = ""  # for logs, pictures, checkpoint.pt; default runs/TASK_METHOD__SCRIPT__...
     resume: str = ""  # a checkpoint.pt to continue from, in its own folder
     evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
 
@@ -398,23 +401,22 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
-                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{path} was made with {flag} {theirs}, not with {flag} {ours}.")
         net.load_state_dict(checkpoint["net"])
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         kind = type(error).__name__
         raise SystemExit(
-            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+            f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
     return checkpoint
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    if args.resume:
-        return Path(args.resume).parent
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists():
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    if not args.resume and (run_dir / "checkpoint.pt").exists():
         raise SystemExit(
             f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
             "another --run-dir begins anew."
@@ -423,7 +425,9 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "metrics.csv").touch()
     except OSError as error:
-        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+        raise SystemExit(
+            f"{run_dir} cannot be written to ({error}): choose another folder."
+        ) from None
     return run_dir
 
 
@@ -432,19 +436,21 @@ class Diverged(SystemExit):
 
 
 def refuse_infinity(loss: float, where: str) -> None:
+    """End the run with a sentence where its loss is no number."""
     if not math.isfinite(loss):
         raise Diverged(
             f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate may help."
+            "a smaller --learning-rate often helps."
         )
 
 
-def stopped(run_dir: str | Path) -> SystemExit:
-    """What Ctrl-C ends with."""
+def stopped(run_dir: str | Path, finished: bool = False) -> SystemExit:
+    """What Ctrl-C ends with, finished: when nothing is left but the last evaluation."""
     path = Path(run_dir, "checkpoint.pt")
     if not path.exists():
         return SystemExit("Stopped before the first checkpoint.")
-    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+    way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+    return SystemExit(f"Stopped; {way} {path}")
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
@@ -463,7 +469,8 @@ def keep_memory() -> None:
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
 
 def check(args: Args) -> None:
@@ -475,31 +482,61 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if getattr(args, "rmsprop_eps", 1) == 0:
+        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
 
 
+def check_experiment(args: Args) -> None:
+    """Refuse combinations of flags that no run can have."""
+    wide, narrow = args.prior_sigma_1, args.prior_sigma_2
+    if not 0 < args.prior_pi < 1:
+        raise SystemExit(f"--prior-pi must lie between 0 and 1, not at {args.prior_pi}.")
+    if wide <= 1e-9:
+        raise SystemExit(f"--prior-sigma-1 must be above 1e-9, not {wide}.")
+    if args.prior == "mixture" and not 1e-9 < narrow <= wide:
+        raise SystemExit(
+            f"--prior-sigma-2 must be above 1e-9 and at most --prior-sigma-1, {wide}, not {narrow}."
+        )
+    if args.task != "mnist" and args.method != "bbb":
+        raise SystemExit("--method is for --task mnist; the bandit has --agent.")
+    if args.task != "bandit" and args.agent != "bbb":
+        raise SystemExit("--agent is for --task bandit.")
+    if args.task != "mnist" and args.dataset != "mnist":
+        raise SystemExit("--dataset is for --task mnist; the bandit has --bandit-data.")
+    if args.optimizer == "adam" and args.sgd_momentum:
+        raise SystemExit("--sgd-momentum is for --optimizer sgd.")
+    if args.task == "bandit" and args.device == "cuda":
+        raise SystemExit("--task bandit runs on one core: leave --device out.")
+    if args.run_dir and not args.evaluate and Path(args.run_dir, "checkpoint.pt").exists():
+        open_run_dir(args, "", "")  # refuses it before anything is loaded
+
+
 KEPT = (  # flags that a resumed run has to share with its beginning
-    *("seed", "batch_size", "samples", "prior", "prior_pi", "prior_sigma_1", "prior_sigma_2"),
-    *("kl_weighting", "noise_std", "optimizer", "learning_rate", "learning_rate_decay"),
-    "sgd_momentum",
+    *("seed", "batch_size", "optimizer", "learning_rate", "learning_rate_decay", "sgd_momentum"),
+    *("samples", "prior", "prior_pi", "prior_sigma_1", "prior_sigma_2", "kl_weighting"),
+    "noise_std",
 )
 
 
 def make_prior(args: Args) -> Prior:
+    """The mixture, or its first part alone."""
     sigma_2 = args.prior_sigma_2 if args.prior == "mixture" else args.prior_sigma_1
     return Prior(args.prior_pi, args.prior_sigma_1, sigma_2)
 
 
-def learning_rate_of(args: Args, epoch: int = 1) -> float:
+def learning_rate_at(epoch: int, args: Args) -> float:
+    """Smaller after each epoch; the first is 1."""
     first = args.learning_rate or (1e-5 if args.task == "bandit" else 1e-3)
     return first * args.learning_rate_decay ** (epoch - 1)
 
 
-def optimizer_of(weights: nn.Module, args: Args) -> torch.optim.Optimizer:
-    theta, rate = weights.parameters(), learning_rate_of(args)
+def make_optimizer(weights: nn.Module, args: Args) -> torch.optim.Optimizer:
+    """Adam, or gradient descent with momentum, at the rate of the first epoch."""
+    theta, rate = weights.parameters(), learning_rate_at(1, args)
     if args.optimizer == "adam":
         return torch.optim.Adam(theta, rate, fused=True)
     return torch.optim.SGD(theta, rate, momentum=args.sgd_momentum, fused=True)
@@ -602,6 +639,7 @@ def draw_pruning(metrics: dict[str, float], path: Path) -> None:
 
 
 def open_writer(args: Args, task: str) -> SummaryWriter:
+    """What writes into the folder of this run, its flags first."""
     writer = SummaryWriter(open_run_dir(args, task, "bayes_by_backprop"))
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
     return writer
@@ -622,7 +660,7 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
     weights = WeightPosterior(sizes, args.rho_init) if bayesian else PointEstimate(sizes)
     weights.to(device)
     dropout = (0.2, 0.5) if args.method == "dropout" else (0.0, 0.0)
-    optimizer, prior = optimizer_of(weights, args), make_prior(args)
+    optimizer, prior = make_optimizer(weights, args), make_prior(args)
     best = {"error": float("inf"), "epoch": 0, "net": weights.state_dict()}
     shaping = ("task", "method", "dataset", "hidden_units")
     first_epoch, seconds = 1, 0.0
@@ -651,11 +689,11 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
         if first_epoch > args.epochs:
             raise SystemExit(f"{args.resume} has had {first_epoch - 1} epochs: raise --epochs.")
 
-    writer = open_writer(args, f"{args.task}_{args.method}")
+    writer, finished = open_writer(args, f"{args.task}_{args.method}"), False
     try:
         for epoch in tqdm(range(first_epoch, args.epochs + 1), unit="epoch", disable=None):
             start, errors = time.perf_counter(), []
-            learning_rate = learning_rate_of(args, epoch)
+            learning_rate = learning_rate_at(epoch, args)
             optimizer.param_groups[0]["lr"] = learning_rate
             batches = torch.randperm(len(x)).to(device).split(args.batch_size)
             for i, batch in enumerate(batches, start=1):
@@ -670,12 +708,13 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
                 refuse_infinity(errors[-1].item(), f"in step {i} of epoch {epoch}")
             kl, error = weights.sample(prior)[1].item(), torch.stack(errors).sum().item()
             refuse_infinity(weights.mean().sum().item(), f"at the end of epoch {epoch}")
-            seconds += time.perf_counter() - start
+            took = time.perf_counter() - start
+            seconds += took
 
             metrics = {"losses/free_energy": kl + error, "losses/kl": kl, "losses/error": error}
-            metrics["charts/SPS"] = len(x) / (time.perf_counter() - start)  # images per second
+            metrics["charts/SPS"] = len(x) / took  # images per second
             metrics["charts/learning_rate"] = learning_rate
-            metrics["charts/minutes"] = seconds / 60
+            metrics["charts/minutes"] = seconds / 60  # of training alone
             for tag, examples in (
                 ("validation", (x_validation, y_validation)),
                 ("test", (x_test, y_test)),
@@ -688,11 +727,12 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
             state = {"net": weights.state_dict(), "optimizer": optimizer.state_dict(), "best": best}
             state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
             save_checkpoint(Path(writer.log_dir, "checkpoint.pt"), epoch=epoch, **state)
-            if epoch == args.epochs:
+            finished = epoch == args.epochs
+            if finished:
                 metrics |= conclude(Path(writer.log_dir))
             report(writer, epoch, metrics)
     except KeyboardInterrupt:
-        raise stopped(writer.log_dir) from None
+        raise stopped(writer.log_dir, finished) from None
     finally:
         writer.close()
     return metrics
@@ -737,8 +777,8 @@ def run_regression(args: Args, device: str) -> dict[str, float]:
     both = nn.ModuleDict(
         {"Bayes by Backprop": WeightPosterior(sizes, args.rho_init), "plain": PointEstimate(sizes)}
     ).to(device)
-    optimizers, prior = [optimizer_of(net, args) for net in both.values()], make_prior(args)
-    shaping, first_epoch = ("task", "hidden_units"), 1
+    optimizers, prior = [make_optimizer(net, args) for net in both.values()], make_prior(args)
+    shaping, first_epoch, seconds = ("task", "hidden_units"), 1, 0.0
 
     def measure() -> dict[str, float]:
         """Width of the band inside and outside of the data, error of the median inside."""
@@ -767,14 +807,15 @@ def run_regression(args: Args, device: str) -> dict[str, float]:
             optimizer.load_state_dict(state)
         torch.set_rng_state(checkpoint["rng"])
         torch.cuda.manual_seed(args.seed + checkpoint["epoch"])  # a GPU goes on with other draws
-        first_epoch = checkpoint["epoch"] + 1
+        first_epoch, seconds = checkpoint["epoch"] + 1, checkpoint.get("seconds", 0.0)
         if first_epoch > args.epochs:
             raise SystemExit(f"{args.resume} has had {first_epoch - 1} epochs: raise --epochs.")
 
     writer = open_writer(args, args.task)
     try:
         for epoch in tqdm(range(first_epoch, args.epochs + 1), unit="epoch", disable=None):
-            batches, errors = torch.randperm(len(x)).to(device).split(args.batch_size), []
+            start, errors = time.perf_counter(), []
+            batches = torch.randperm(len(x)).to(device).split(args.batch_size)
             for i, batch in enumerate(batches, start=1):
 
                 def negative_log_likelihood(w: Tensor, batch: Tensor = batch) -> Tensor:
@@ -786,13 +827,20 @@ def run_regression(args: Args, device: str) -> dict[str, float]:
                 pair = [update(net, opt, *how) for net, opt in zip(both.values(), optimizers)]
                 errors.append(pair[0])
                 refuse_infinity(sum(pair).item(), f"in step {i} of epoch {epoch}")
+            took = time.perf_counter() - start
+            seconds += took
             if epoch % 100 and epoch < args.epochs:
                 continue
             state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            state |= {"rng": torch.get_rng_state(), "args": asdict(args), "net": both.state_dict()}
-            save_checkpoint(Path(writer.log_dir, "checkpoint.pt"), epoch=epoch, **state)
+            state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
+            path = Path(writer.log_dir, "checkpoint.pt")
+            save_checkpoint(path, epoch=epoch, net=both.state_dict(), **state)
             kl = both["Bayes by Backprop"].sample(prior)[1]
-            metrics = {"losses/free_energy": (kl + sum(errors)).item()} | measure()
+            metrics = {"losses/free_energy": (kl + sum(errors)).item()}
+            metrics["charts/SPS"] = len(x) / took  # points per second, seen by both networks
+            metrics["charts/learning_rate"] = optimizers[0].param_groups[0]["lr"]
+            metrics["charts/minutes"] = seconds / 60  # of training alone
+            metrics |= measure()
             report(writer, epoch, metrics)
     except KeyboardInterrupt:
         raise stopped(writer.log_dir) from None
@@ -811,6 +859,7 @@ def reward(eat: Tensor, edible: Tensor, lucky: Tensor) -> Tensor:
 
 
 def oracle_reward(edible: Tensor) -> Tensor:
+    """+5 for an edible mushroom; a poisonous one is left."""
     return 5.0 * edible
 
 
@@ -871,7 +920,7 @@ def run_bandit(args: Args) -> dict[str, float]:
     bayesian = args.agent == "bbb"
     weights = WeightPosterior(sizes, args.rho_init) if bayesian else PointEstimate(sizes)
     percent = {"bbb": 0, "greedy": 0, "greedy-1": 1, "greedy-5": 5}[args.agent]
-    optimizer, prior = optimizer_of(weights, args), make_prior(args)
+    optimizer, prior = make_optimizer(weights, args), make_prior(args)
     x, r = torch.zeros(BUFFER, sizes[0]), torch.zeros(BUFFER, 1)  # context with action, reward
     shaping = ("task", "agent", "bandit_data", "hidden_units")
     first, regret, seconds, metrics = 0, 0.0, 0.0, {}
@@ -882,14 +931,13 @@ def run_bandit(args: Args) -> dict[str, float]:
         checkpoint = load_checkpoint(Path(args.resume), args, weights, *shaping, *KEPT)
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
-        torch.cuda.manual_seed(args.seed + checkpoint["t"])  # a GPU goes on with other draws
         x, r, regret = checkpoint["x"], checkpoint["r"], checkpoint["regret"]
-        first, seconds = checkpoint["t"], checkpoint["seconds"]
+        first, seconds = checkpoint["t"], checkpoint.get("seconds", 0.0)
         if first >= args.interactions:
             raise SystemExit(f"{args.resume} has met {first} mushrooms: raise --interactions.")
 
     writer = open_writer(args, f"{args.task}_{args.agent}")
-    start = time.perf_counter()
+    start, reported = time.perf_counter(), first
     try:
         for t in tqdm(range(first, args.interactions), unit="mushroom", disable=None):
             met = torch.randint(len(contexts), ())
@@ -912,9 +960,10 @@ def run_bandit(args: Args) -> dict[str, float]:
                 error = update(weights, optimizer, negative_log_likelihood, *how)
             if (t + 1) % args.report_every and t + 1 < args.interactions:
                 continue
-            refuse_infinity(error.item(), f"after mushroom {t}")
+            refuse_infinity(error.item(), f"after mushroom {t + 1}")
+            took = time.perf_counter() - start
+            seconds += took
             kl = weights.sample(prior)[1].item()
-            seconds, start = seconds + time.perf_counter() - start, time.perf_counter()
             state = {
                 "net": weights.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -925,9 +974,13 @@ def run_bandit(args: Args) -> dict[str, float]:
             path = Path(writer.log_dir, "checkpoint.pt")
             save_checkpoint(path, t=t + 1, regret=regret, **state)
             metrics = {"charts/regret": regret, "losses/kl": kl}
-            metrics |= {"losses/error": error.item(), "charts/minutes": seconds / 60}
+            metrics["losses/error"] = error.item()
+            metrics["charts/SPS"] = (t + 1 - reported) / took  # mushrooms per second
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["charts/minutes"] = seconds / 60  # of training alone
             metrics |= mistakes(weights, contexts, edible, sizes, args)
             report(writer, t + 1, metrics)
+            start, reported = time.perf_counter(), t + 1
     except KeyboardInterrupt:
         raise stopped(writer.log_dir) from None
     finally:
@@ -936,30 +989,23 @@ def run_bandit(args: Args) -> dict[str, float]:
     return metrics
 
 
-def check_experiment(args: Args) -> None:
-    """Combinations of flags that no run can have."""
-    narrow = args.prior_sigma_2 if args.prior == "mixture" else args.prior_sigma_1
-    if not 0 < args.prior_pi < 1 or not 1e-9 < narrow <= args.prior_sigma_1:
-        raise SystemExit(
-            "--prior-pi must lie between 0 and 1, --prior-sigma-2 above 0 and not above the first."
-        )
-    if args.task != "mnist" and args.method != "bbb":
-        raise SystemExit("--method is for --task mnist; the bandit has --agent.")
-    if args.task != "bandit" and args.agent != "bbb":
-        raise SystemExit("--agent is for --task bandit.")
-    if args.task == "bandit" and args.device == "cuda":
-        raise SystemExit("--task bandit runs on one core: leave --device out.")
+def run(args: Args, device: str) -> dict[str, float]:
+    """The experiment of --task."""
+    torch.manual_seed(args.seed)
+    if args.task == "bandit":
+        return run_bandit(args)
+    return (run_mnist if args.task == "mnist" else run_regression)(args, device)
 
 
 def main(args: Args) -> dict[str, float]:
     check(args)
     check_experiment(args)
     keep_memory()
-    torch.manual_seed(args.seed)
-    device = choose_device(args.device)
-    if args.task == "bandit":
-        return run_bandit(args)
-    return (run_mnist if args.task == "mnist" else run_regression)(args, device)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+    try:
+        return run(args, choose_device(args.device))
+    except KeyboardInterrupt:  # before or after training
+        raise SystemExit("Stopped.") from None
 
 
 if __name__ == "__main__":

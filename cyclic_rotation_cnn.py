@@ -1,20 +1,21 @@
 """Cyclic symmetry: four layers that make a convolutional network equivariant to quarter turns.
 
-    Paper    Dieleman et al., "Exploiting cyclic symmetry in convolutional neural networks", 2016
+    Paper    Dieleman et al., "Exploiting cyclic symmetry in convolutional neural networks", ICML
+               2016
     Shows    networks that turn their feature maps need fewer filters and err less (table 2)
     Run      python cyclic_rotation_cnn.py --bfloat16 --epochs 20
     Result   1.72 % of turned digits wrong (seeds 1 to 3; without cyclic layers 4.26) in 12 min on
                one core of an AMD EPYC; the paper has no digits
     Run      python cyclic_rotation_cnn.py --variant roll-all --bfloat16 --epochs 20
     Result   1.78 % of them with a third of the parameters (seeds 1 to 3; a network as small
-               without cyclic layers 6.28) in 6 min
+               without cyclic layers 6.28) in 6 min on one core of the same
     Run      python cyclic_rotation_cnn.py --dataset plankton --image-size 47 --bfloat16 --epochs 10
     Result   1.183 of cross-entropy on a hold-out of plankton (seed 1; without cyclic layers 1.551)
                in 101 min on one core; paper, 95x95, length not told: 0.678 (0.704)
 
 Departures: ours (the paper's)
     rotated-mnist and digits with a network of our own (plankton, galaxies, buildings)
-    features are pooled before their ReLU, and none follows (best of six, the second not told)
+    features are pooled before their ReLU (best of the paper's six), no ReLU follows (not told)
     equal epochs: a sliced network makes four times the steps, each on a quarter of the pictures,
       which it sees in four directions (the same batches, steps not told)
     Adam 1e-3, divided by 10 after 85 and 95 % of 60 epochs, batch 128, decay 1e-4 (values not told)
@@ -37,6 +38,7 @@ import csv
 import gzip
 import hashlib
 import math
+import signal
 import time
 import urllib.request
 import zlib
@@ -75,15 +77,15 @@ class Args:
     image_size: int = 0  # pixels, for small machines; 0: the paper's
     # Optimisation
     epochs: int = 60  # passes over the training set
-    batch_size: int = 128  # pictures a network sees at once; a slice makes four of one
+    batch_size: int = 128  # images of a minibatch, in which a slice makes four of one
     learning_rate: float = 1e-3  # of Adam; divided by 10 after 85 and 95 % of the epochs
     weight_decay: float = 1e-4  # on plankton alone
     bfloat16: bool = False  # the network computes in 16 bits: half the time
     # The run
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
-    eval_every: int = 5  # epochs between two evaluations
+    eval_every: int = 5  # epochs between two evaluations; at the end always
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
-    seed: int = 1  # of every random number but the split's
+    seed: int = 1  # of every random number but those of the fixed sets
     run_dir: str = ""  # for logs, pictures, checkpoint.pt; default runs/DATASET_VARIANT__...
     resume: str = ""  # a checkpoint.pt to continue from, in its own folder
     evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
@@ -415,6 +417,7 @@ def load_rotated(args: Args) -> tuple[Pictures, Pictures]:
 
 
 def read_picture(path: Path, mode: Literal["L", "RGB"]) -> Image.Image:
+    """A picture, grey or in colour."""
     try:
         with Image.open(path) as picture:
             return picture.convert(mode)
@@ -440,6 +443,7 @@ def cached(path: Path, make: Callable[[], tuple[np.ndarray, np.ndarray]]) -> tup
 
 
 def missing(folder: Path, what: str) -> SystemExit:
+    """What ends a run on data that have to be fetched by hand."""
     return SystemExit(f"{folder} is missing. {what} Or use --dataset rotated-mnist or digits.")
 
 
@@ -601,6 +605,7 @@ def predict(net: nn.Module, x: Tensor, args: Args) -> Tensor:
     """The network's outputs for all pictures x, without dropout."""
     net.eval()
     parts = x.split(max(1, 4 * args.batch_size // (4 if sliced(args) else 1)))
+    parts = tqdm(parts, unit="batch", leave=False, disable=None)
     outputs = torch.cat([net(prepare(part, args, training=False)) for part in parts])
     net.train()
     return outputs
@@ -619,6 +624,7 @@ def evaluate(net: nn.Module, args: Args, examples: Pictures) -> dict[str, float]
 
 
 def sliced(args: Args) -> bool:
+    """Whether the network has cyclic layers."""
     return args.variant not in ("baseline", "half")
 
 
@@ -664,23 +670,22 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
-                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{path} was made with {flag} {theirs}, not with {flag} {ours}.")
         net.load_state_dict(checkpoint["net"])
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         kind = type(error).__name__
         raise SystemExit(
-            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+            f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
     return checkpoint
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    if args.resume:
-        return Path(args.resume).parent
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists():
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    if not args.resume and (run_dir / "checkpoint.pt").exists():
         raise SystemExit(
             f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
             "another --run-dir begins anew."
@@ -689,7 +694,9 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "metrics.csv").touch()
     except OSError as error:
-        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+        raise SystemExit(
+            f"{run_dir} cannot be written to ({error}): choose another folder."
+        ) from None
     return run_dir
 
 
@@ -698,19 +705,21 @@ class Diverged(SystemExit):
 
 
 def refuse_infinity(loss: float, where: str) -> None:
+    """End the run with a sentence where its loss is no number."""
     if not math.isfinite(loss):
         raise Diverged(
             f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate may help."
+            "a smaller --learning-rate often helps."
         )
 
 
-def stopped(run_dir: str | Path) -> SystemExit:
-    """What Ctrl-C ends with."""
+def stopped(run_dir: str | Path, finished: bool = False) -> SystemExit:
+    """What Ctrl-C ends with, finished: when nothing is left but the last evaluation."""
     path = Path(run_dir, "checkpoint.pt")
     if not path.exists():
         return SystemExit("Stopped before the first checkpoint.")
-    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+    way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+    return SystemExit(f"Stopped; {way} {path}")
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
@@ -721,7 +730,8 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
     return name
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
 
 def check(args: Args) -> None:
@@ -733,10 +743,38 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if getattr(args, "rmsprop_eps", 1) == 0:
+        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def check_variant(args: Args) -> None:
+    """Refuse combinations of flags that no run can have."""
+    if args.variant == "roll-half" and args.dataset != "buildings":
+        raise SystemExit("--variant roll-half is a network of --dataset buildings alone.")
+    if args.variant == "roll-dense" and args.dataset == "buildings":
+        raise SystemExit("--dataset buildings has no dense layer for --variant roll-dense.")
+    if (args.dataset == "galaxies" and args.image_size > 64) or (
+        args.dataset == "buildings" and (0 < args.image_size <= 40 or args.image_size % 2)
+    ):
+        raise SystemExit(
+            "--image-size must be at most 64 for galaxies, even and above 40 for buildings, "
+            f"not {args.image_size}."
+        )
+    if args.image_size and args.dataset in ("rotated-mnist", "digits"):
+        raise SystemExit("--image-size is for plankton, galaxies and buildings.")
+    if args.batch_size % 4:
+        raise SystemExit(
+            f"--batch-size must be a multiple of 4, for the four paths, not {args.batch_size}."
+        )
+    if args.run_dir and not args.evaluate and Path(args.run_dir, "checkpoint.pt").exists():
+        open_run_dir(args, "", "")  # refuses it before anything is loaded
+
+
+KEPT = ("seed", "batch_size", "learning_rate", "weight_decay", "bfloat16")  # on --resume
 
 
 @torch.no_grad()
@@ -796,26 +834,8 @@ def draw_answers(net: nn.Module, args: Args, examples: Pictures, path: Path) -> 
     plt.close(figure)
 
 
-def check_variant(args: Args) -> None:
-    """Combinations of flags that no run can have."""
-    if args.variant == "roll-half" and args.dataset != "buildings":
-        raise SystemExit("--variant roll-half is a network of --dataset buildings alone.")
-    if args.variant == "roll-dense" and args.dataset == "buildings":
-        raise SystemExit("--dataset buildings has no dense layer for --variant roll-dense.")
-    if (args.dataset == "galaxies" and args.image_size > 64) or (
-        args.dataset == "buildings" and (0 < args.image_size <= 40 or args.image_size % 2)
-    ):
-        raise SystemExit("--image-size: at most 64 for galaxies, even and above 40 for buildings.")
-    if args.image_size and args.dataset in ("rotated-mnist", "digits"):
-        raise SystemExit("--image-size is for plankton, galaxies and buildings.")
-    if args.batch_size % 4:
-        raise SystemExit("--batch-size must be a multiple of 4, for the four paths.")
-
-
-def main(args: Args) -> dict[str, float]:
-    check(args)
-    check_variant(args)
-    device = choose_device(args.device)
+def run(args: Args, device: str) -> dict[str, float]:
+    """Train, or evaluate a checkpoint."""
     layout = layout_of(args.dataset)
     layout = layout._replace(size=args.image_size or layout.size)
     with torch.device("meta"):
@@ -843,15 +863,13 @@ def main(args: Args) -> dict[str, float]:
         load_checkpoint(Path(args.evaluate), args, net, *shaping)
         return evaluate(net, args, test)
     if args.resume:
-        checkpoint = load_checkpoint(
-            Path(args.resume), args, net, *shaping, "batch_size", "weight_decay", "bfloat16"
-        )
+        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, *KEPT)
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
         torch.cuda.manual_seed(args.seed + checkpoint["epoch"])  # a GPU goes on with other draws
         first_epoch, seconds = checkpoint["epoch"] + 1, checkpoint["seconds"]
         if first_epoch > args.epochs:
-            raise SystemExit(f"{args.resume} has had {args.epochs} epochs: raise --epochs.")
+            raise SystemExit(f"{args.resume} has had {first_epoch - 1} epochs: raise --epochs.")
 
     run_dir = open_run_dir(args, f"{args.dataset}_{args.variant}", "cyclic_rotation_cnn")
     writer = SummaryWriter(run_dir)
@@ -872,7 +890,7 @@ def main(args: Args) -> dict[str, float]:
             seconds += took
 
             metrics = {"losses/loss": torch.stack(losses).mean().item()}
-            metrics["charts/SPS"] = len(train.y) / took  # pictures per second
+            metrics["charts/SPS"] = len(train.y) / took  # images per second
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             metrics["charts/minutes"] = seconds / 60  # of training alone
             if epoch % args.eval_every == 0 or epoch == args.epochs:
@@ -888,6 +906,16 @@ def main(args: Args) -> dict[str, float]:
     draw_paths(net, args, test, run_dir / "paths.png")
     draw_answers(net, args, test, run_dir / "answers.png")
     return metrics
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    check_variant(args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+    try:
+        return run(args, choose_device(args.device))
+    except KeyboardInterrupt:  # before or after training
+        raise SystemExit("Stopped.") from None
 
 
 if __name__ == "__main__":

@@ -34,15 +34,17 @@ Departures: ours (the paper's, or what is known of it)
     a memory of 1 million steps shared out among the actors (1 million each), 50,000 of them before
       the first update (none)
     AdaGrad with learning rate 2e-3 and G = 1e-6 at the start, gradients at most 100 versions old
-      (not told); outliers 5 deviations above an exponential
-      mean, after 1,000 minibatches ("several", a running mean)
+      (not told); outliers 5 deviations above an exponential mean, after 1,000 minibatches
+      ("several", a running mean)
     TD errors clipped to [-1, 1] as in DQN 2015 (algorithm 1 writes the plain square)
-    training episodes end with a life, no-op starts (the human starts were never published)
+    training episodes end with a life; of the paper's two protocols the one with no-op starts (human
+      starts were never published)
 
 Symbols: theta (W+) the parameters, G AdaGrad's sum of squared gradients, y target of Q, theta^-
-parameters of the target network; a version counts the gradients that a shard has applied, T steps.
-Shapes: B steps of a minibatch, A actions, K shards. A step is one decision of the agent, 4 frames
-of the emulator.
+parameters of the target network; a_tm1 taken in s_tm1 gives r_t and s_t; epsilon exploration rate;
+a version counts the gradients that a shard has applied.
+Shapes: B steps of a minibatch, A actions, K shards (of screens and actions: games side by side). A
+step is one decision of the agent, 4 frames of the emulator.
 """
 
 import csv
@@ -154,11 +156,12 @@ class Minibatch(NamedTuple):
     s_t: Tensor  # [B, 84, 84, 4] the screens that the step led to; of no meaning if terminated
 
 
-@torch.no_grad()
-def dqn_targets(target_net: DeepQNetwork, batch: Minibatch, discount: float) -> Tensor:
-    """y = r + gamma max_a Q(s', a; theta^-) [B], or r alone at the end (algorithm 1); r clipped."""
-    v_t = target_net(batch.s_t).amax(-1)
-    return batch.r_t.clamp(-1, 1) + discount * torch.where(batch.terminated, 0, v_t)
+def dqn_targets(r_t: Tensor, terminated: Tensor, q_t: Tensor, discount: float) -> Tensor:
+    """y = r + discount max_a Q(s_t, a; theta^-), without the second term at an end (DQN 2015).
+
+    q_t is [B, A], all else [B]; rewards are clipped, terminated is 1 or 0.
+    """
+    return r_t + discount * (1 - terminated) * q_t.amax(-1)
 
 
 def dqn_loss(q: Tensor, a: Tensor, y: Tensor) -> Tensor:
@@ -166,9 +169,9 @@ def dqn_loss(q: Tensor, a: Tensor, y: Tensor) -> Tensor:
     return F.smooth_l1_loss(q.gather(-1, a[:, None]).squeeze(-1), y)
 
 
-def exploration(updates: int, args: Args) -> float:
-    """epsilon: from 1 down to its final value, by updates of the parameter server."""
-    return 1 + (args.final_epsilon - 1) * min(1.0, updates / args.epsilon_updates)
+def exploration_rate(t: int, final_epsilon: Tensor | float, fall: int) -> Tensor | float:
+    """epsilon at t, on its way from 1 to its final value, which it has after fall."""
+    return 1 + (final_epsilon - 1) * min(1.0, t / fall)
 
 
 @torch.no_grad()
@@ -420,7 +423,8 @@ class Actor:
     def pull(self) -> None:
         theta, self.versions = self.server.pull()
         write_parameters(theta, self.net)
-        self.epsilon = exploration(min(self.versions), self.args)
+        final, fall = self.args.final_epsilon, self.args.epsilon_updates
+        self.epsilon = exploration_rate(min(self.versions), final, fall)
         self.steps_since = 0
 
     def play(self, steps: int) -> None:
@@ -440,7 +444,7 @@ class Actor:
                 records.append((s_t[..., -1], self.age, -1, 0.0, False))
             if terminated or truncated:
                 self.s, self.age = self.env.reset()[0], 0
-                if "episode" in info:
+                if "episode" in info:  # its "l" in frames
                     self.log.append(("charts/episodic_return", float(info["episode"]["r"])))
                     self.log.append(("charts/episodic_length", float(info["episode"]["l"])))
         self.counts["steps"] += steps
@@ -494,8 +498,10 @@ class Learner:
         self.pull()
         times.append(time.perf_counter())
 
-        q = self.net(batch.s_tm1)
-        y = dqn_targets(self.target_net, batch, self.args.discount)
+        q, r_t = self.net(batch.s_tm1), batch.r_t.clamp(-1, 1)
+        with torch.no_grad():
+            q_t = self.target_net(batch.s_t)
+        y = dqn_targets(r_t, batch.terminated.float(), q_t, self.args.discount)
         loss = dqn_loss(q, batch.a_tm1, y)
         gradient = flat(torch.autograd.grad(loss, list(self.net.parameters())))
         outlier = self.statistics.is_outlier(loss.item())
@@ -508,7 +514,7 @@ class Learner:
         pulling, computing, pushing = np.diff(times)
         self.counts.update(minibatches=1, outliers=int(outlier))
         self.log += [
-            ("losses/td_loss", loss.item()),
+            ("losses/td_loss", loss.item()),  # (y - Q)^2 / 2, clipped
             ("losses/q_values", q.mean().item()),
             ("losses/gradient_norm", float(np.linalg.norm(gradient))),
             ("charts/learner_ms", 1000 * (pulling + computing + pushing)),
@@ -595,7 +601,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
             env = gym.make(env_id, render_mode=None if training else "rgb_array", **atari)
         else:
             env = gym.make(env_id)
-    except (gym.error.Error, ImportError, ValueError) as error:
+    except Exception as error:  # an environment may raise anything
         nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
         raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
 
@@ -701,7 +707,7 @@ class Interrupt:
 
     def __init__(self):
         self.noted = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM ends a run as Ctrl-C does
             signal.signal(number, self.note)
 
     def note(self, *_) -> None:
@@ -840,23 +846,22 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
-                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{path} was made with {flag} {theirs}, not with {flag} {ours}.")
         net.load_state_dict(checkpoint["net"])
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         kind = type(error).__name__
         raise SystemExit(
-            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+            f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
     return checkpoint
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    if args.resume:
-        return Path(args.resume).parent
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists():
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    if not args.resume and (run_dir / "checkpoint.pt").exists():
         raise SystemExit(
             f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
             "another --run-dir begins anew."
@@ -865,11 +870,14 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "metrics.csv").touch()
     except OSError as error:
-        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+        raise SystemExit(
+            f"{run_dir} cannot be written to ({error}): choose another folder."
+        ) from None
     return run_dir
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
 
 def check(args: Args) -> None:
@@ -881,6 +889,8 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if getattr(args, "rmsprop_eps", 1) == 0:
+        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
@@ -888,7 +898,7 @@ def check(args: Args) -> None:
 
 
 def check_architecture(args: Args) -> None:
-    """Refuse numbers of components that do not fit together."""
+    """Refuse combinations of flags that no run can have."""
     if args.replay == "local" and args.num_actors != args.num_learners:
         raise SystemExit(
             "--replay local bundles one actor with one learner: --num-actors and --num-learners "
@@ -896,8 +906,8 @@ def check_architecture(args: Args) -> None:
         )
     if args.adagrad_start == 0:
         raise SystemExit("--adagrad-start must be above 0: AdaGrad divides by its root.")
-    if not 0 <= args.final_epsilon <= 1:
-        raise SystemExit(f"--final-epsilon must lie between 0 and 1, not at {args.final_epsilon}.")
+    if args.optimizer == "sgd" and args.adagrad_start != Args.adagrad_start:
+        raise SystemExit("--adagrad-start is for --optimizer adagrad: leave it out.")
     if args.steps_per_update > ROUND:
         raise SystemExit(
             f"--steps-per-update must be at most {ROUND}, not {args.steps_per_update}."
@@ -910,24 +920,37 @@ def check_architecture(args: Args) -> None:
         )
 
 
+def check_replay(args: Args) -> None:
+    """Tell how large the replay becomes; refuse what this machine, if alone, does not have."""
+    needed = args.replay_capacity * np.dtype(STEP).itemsize
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    told = f"Replay takes up to {needed / 1e9:.2f} GB"
+    if needed > memory and not args.ray_address:
+        raise SystemExit(
+            f"{told}; this machine has {memory / 1e9:.2f} GB: lower --replay-capacity."
+        )
+    tqdm.write(f"{told}, {args.num_actors} actors together.")
+
+
 def drain(log, recent: dict[str, list[float]]) -> None:
     """Sort by tag what the workers have put on log since the last time."""
     while not log.empty():
         tag, value, step = log.get()
         if not math.isfinite(value):
             raise SystemExit(
-                f"{tag} is {value} at step {step}: the run stops. The checkpoint in its folder is "
-                "from before; a smaller --learning-rate often helps."
+                f"{tag} is {value} at step {step}: the run stops. The last checkpoint is the one "
+                "before; a smaller --learning-rate often helps."
             )
         recent[tag].append(value)
 
 
-def stopped(run_dir: str | Path) -> SystemExit:
-    """What Ctrl-C ends with."""
+def stopped(run_dir: str | Path, finished: bool = False) -> SystemExit:
+    """What Ctrl-C ends with, finished: when nothing is left but the last evaluation."""
     path = Path(run_dir, "checkpoint.pt")
     if not path.exists():
         return SystemExit("Stopped before the first checkpoint.")
-    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+    way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+    return SystemExit(f"Stopped; {way} {path}")
 
 
 def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -> dict[str, float]:
@@ -975,17 +998,20 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
             metrics = {tag: float(np.mean(values)) for tag, values in sorted(recent.items())}
             metrics |= {
                 "charts/SPS": (step - last_step) / took,
-                "charts/updates_per_second": (updates - before) / took,
+                "charts/UPS": (updates - before) / took,
                 "charts/updates": updates,
-                "charts/epsilon": exploration(updates, args),
+                "charts/epsilon": exploration_rate(
+                    updates, args.final_epsilon, args.epsilon_updates
+                ),
                 "charts/version_skew": max(versions) - updates,
-                "charts/minutes": seconds / 60,
+                "charts/minutes": seconds / 60,  # with the evaluations before this report
             }
             for event in ("stale", "outliers", "restarts", "lost_updates"):
                 metrics[f"charts/{event}"] = gorila.counts[event]
+            metrics["charts/learning_rate"] = args.learning_rate
             if args.optimizer == "adagrad":  # G only grows: this is what is left of the rate
                 root = math.sqrt(np.mean([state["G"].mean() for state in states]))
-                metrics["charts/learning_rate"] = args.learning_rate / root
+                metrics["charts/learning_rate"] /= root
             recent, last_step = defaultdict(list), step
             if finished or (args.eval_every and step >= last_evaluation + args.eval_every):
                 film = run_dir / f"game_{step}.gif" if args.capture_video else None
@@ -997,7 +1023,7 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
         if gorila:
             with suppress(TimeoutError):  # then the last checkpoint has to do
                 save(seconds + time.perf_counter() - last_time)
-        raise stopped(run_dir) from None
+        raise stopped(run_dir, finished) from None
     except TimeoutError as error:
         reason = str(error).strip().splitlines()[-1]
         go_on = f"Go on with --resume {path}" if path.exists() else "Begin anew"
@@ -1017,9 +1043,8 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
     return metrics
 
 
-def main(args: Args) -> dict[str, float]:
-    check(args)
-    check_architecture(args)
+def run(args: Args) -> dict[str, float]:
+    """Train, or evaluate a checkpoint."""
     torch.set_num_threads(1)  # the cores are the components'
     torch.manual_seed(args.seed)
     net = DeepQNetwork(make_env(args.env_id).action_space.n)
@@ -1027,10 +1052,7 @@ def main(args: Args) -> dict[str, float]:
         path = Path(args.evaluate)
         load_checkpoint(path, args, net, "env_id")
         film = path.with_name("game.gif") if args.capture_video else None
-        try:
-            return evaluate(net, args, film)
-        except KeyboardInterrupt:
-            raise SystemExit("Stopped.") from None
+        return evaluate(net, args, film)
 
     start = {"counts": {"steps": 0}, "versions": [0], "seconds": 0.0}
     size = sum(p.numel() for p in net.parameters())
@@ -1042,13 +1064,18 @@ def main(args: Args) -> dict[str, float]:
         step = start["counts"]["steps"]
         if step >= args.total_timesteps:
             raise SystemExit(f"{args.resume} is at step {step}: raise --total-timesteps.")
-        print("The replay memory starts empty, and the target network with the parameters.")
-    memory = args.replay_capacity * np.dtype(STEP).itemsize / 1e9
-    print(f"Replay will take up to {memory:.2f} GB, {args.num_actors} actors together.")
+        tqdm.write("The replay memory starts empty, and the target network with the parameters.")
+    check_replay(args)
+    connect(args)
+    return train(args, net, start, open_run_dir(args, args.env_id, "gorila_dqn"))
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    check_architecture(args)
     try:
-        connect(args)
-        return train(args, net, start, open_run_dir(args, args.env_id, "gorila_dqn"))
-    except KeyboardInterrupt:
+        return run(args)
+    except KeyboardInterrupt:  # before or after training
         raise SystemExit("Stopped.") from None
     finally:
         ray.shutdown()

@@ -2,11 +2,11 @@
 
     Paper    Ba et al., "Multiple object recognition with visual attention", ICLR 2015
     Shows    a coarse look at the whole image tells where to begin, two layers of LSTM keep where
-             apart from what: pairs of digits beat RAM, sums a convolutional network (tables 1, 2)
+               apart from what: pairs of digits beat RAM, sums a convolutional network (tables 1, 2)
     Run      python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --epochs 120
     Result   6.17 % of pairs wrong (seed 1; of one path alone 8.21) in 4.4 min on a sixth of an
                NVIDIA H100; paper: 5
-    Run      python multi_object_attention.py --task addition --batch-size 256 \
+    Run      python multi_object_attention.py --task addition --batch-size 256
                --learning-rate 0.002 --epochs 120
     Result   2.72 % of sums wrong (seed 1; of one path alone 3.78; a convolutional network 2.60) in
                4.4 min on a sixth of an NVIDIA H100; paper: 2.5
@@ -43,8 +43,9 @@ Departures: ours (the paper's)
 
 Symbols: x_n glimpse at location l_n, in units of so many pixels from the image's centre; g_n its
 features; r1_n, r2_n states of the lower and upper LSTM; mu_n mean of l_n; b_n baseline; y_s label,
-R_s reward. Shapes: B images, S their width, L labels, N glimpses of each, T = N L glimpses, C
-classes, M paths per image, k scales of g x g pixels.
+R_s reward.
+Shapes: B images, S their width, L labels, N glimpses of each, T = N L glimpses, C classes, M paths
+per image, k scales of g x g pixels.
 """
 
 import csv
@@ -76,6 +77,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+Reward = Literal["probability", "correct"]
+
 
 @dataclass
 class Args:
@@ -89,7 +92,7 @@ class Args:
     num_scales: int = 2  # k, patches of a glimpse, each twice as wide as the last
     num_glimpses: int = 0  # N per label; 0: the paper's for the task (4; svhn: 3)
     location_unit: float = 0.0  # pixels; 0: the paper's for the task (20; svhn: 12)
-    reward: Literal["probability", "correct"] = "probability"  # of the right label; or its 0 and 1
+    reward: Reward = "probability"  # that of the right class, or 1 where it is the likeliest
     location_std: float = 0.17  # deviation of a location around its mean, in units (paper: 0.03)
     reinforce_weight: float = 0.1  # lambda, of the location policy's gradient beside the others
     reinforce_into_core: bool = True  # the policy gradient also trains LSTM 1 and glimpse network
@@ -98,19 +101,19 @@ class Args:
     focus: bool = False  # svhn at 110: evaluate on the 54 pixels around a first reading's glimpses
     # Optimisation
     epochs: int = 100  # of 50,000 images (digits: 1,250)
-    batch_size: int = 128  # images
+    batch_size: int = 128  # images of a minibatch
     optimizer: Literal["adam", "sgd"] = "adam"  # sgd: Nesterov's momentum 0.9, wants 0.01 and 1
     learning_rate: float = 1e-3  # in the first epoch
     location_rate: float = 1.0  # factor on it for what chooses locations
     learning_rate_decay: float = 0.97  # factor on it after each epoch
-    bfloat16: bool = False  # networks compute in 16 bits: about half the time
+    bfloat16: bool = False  # the network computes in 16 bits: half the time
     # The run
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
     average: Literal["log-probabilities", "probabilities"] = "log-probabilities"  # of M paths
-    eval_every: int = 5  # epochs between two evaluations on validation images
+    eval_every: int = 5  # epochs between two evaluations on validation images; at the end always
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
-    seed: int = 1  # of every random number
+    seed: int = 1  # of every random number but those of the fixed sets
     run_dir: str = ""  # for logs, pictures, checkpoint.pt; default runs/TASK_MODEL__SCRIPT__...
     pretrained: str = ""  # a checkpoint.pt to begin with, of another --svhn-size if need be
     resume: str = ""  # a checkpoint.pt to continue from, in its own folder
@@ -458,7 +461,7 @@ def focused(net: DeepRecurrentAttentionModel, x: Tensor, T: int, width: int = 54
     return x[square(corner, width)]
 
 
-class ConvNet(nn.Module):
+class ConvolutionalBaseline(nn.Module):
     """The paper's baselines, which see all of x [B, S, S]; logits [B, L, C]."""
 
     def __init__(self, sizes: Sizes, bfloat16: bool = False):
@@ -492,7 +495,7 @@ def make_networks(args: Args) -> nn.ModuleList:
     """One network; with --forward-backward two, which share their glimpse network."""
     sizes = sizes_of(args)
     if args.model == "conv":
-        return nn.ModuleList([ConvNet(sizes, args.bfloat16)])
+        return nn.ModuleList([ConvolutionalBaseline(sizes, args.bfloat16)])
     deep, context = args.model == "dram", args.context == "coarse"
     make = partial(DeepRecurrentAttentionModel, sizes, deep, context, args.bfloat16)
     nets = [make()]
@@ -736,6 +739,8 @@ IMAGES_PER_EPOCH = 50_000
 
 
 class Data(NamedTuple):
+    """What a run learns from and is measured on."""
+
     images: Tensor  # [n, 28, 28] digits to make images of, or house numbers to crop, bytes
     labels: Tensor
     validation: tuple[Tensor, Tensor]  # x [n, S, S] and y [n, L], which stay as they are
@@ -749,7 +754,7 @@ def load_data(args: Args, device: str) -> Data:
     generator = torch.Generator().manual_seed(2014)  # the same sets for every run and device
     load = {"mnist": partial(load_mnist, args.data_dir), "digits": load_digits}[args.dataset]
     (digits, labels), test = load("train"), load("t10k")
-    held_out = len(digits) // 6
+    held_out = len(digits) // 6  # 10,000 of 60,000
     pool = digits[:-held_out]
 
     def freeze(digits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -762,6 +767,7 @@ def load_data(args: Args, device: str) -> Data:
 
 
 def load_house_numbers(args: Args, device: str) -> Data:
+    """Those of train and extra, to be cropped anywhere; what is held out, in the middle."""
     S, width = args.svhn_size, round(args.svhn_size * 64 / 54)
     decoded = load_svhn(args.data_dir, width)
     images, labels = map(torch.cat, zip(decoded["train"], decoded["extra"]))
@@ -826,7 +832,8 @@ def evaluate(
     nets.eval()
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        for x_part, y_part in zip(tqdm(x.split(500), leave=False, disable=None), y.split(500)):
+        parts = list(zip(x.split(500), y.split(500)))
+        for x_part, y_part in tqdm(parts, unit="batch", leave=False, disable=None):
             for tag, M in paths.items():
                 wrong[tag] += num_wrong(answer(nets, args, x_part, M), y_part)
     nets.train()
@@ -914,23 +921,22 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
-                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{path} was made with {flag} {theirs}, not with {flag} {ours}.")
         net.load_state_dict(checkpoint["net"])
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         kind = type(error).__name__
         raise SystemExit(
-            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+            f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
     return checkpoint
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    if args.resume:
-        return Path(args.resume).parent
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists():
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    if not args.resume and (run_dir / "checkpoint.pt").exists():
         raise SystemExit(
             f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
             "another --run-dir begins anew."
@@ -939,7 +945,9 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "metrics.csv").touch()
     except OSError as error:
-        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+        raise SystemExit(
+            f"{run_dir} cannot be written to ({error}): choose another folder."
+        ) from None
     return run_dir
 
 
@@ -948,19 +956,21 @@ class Diverged(SystemExit):
 
 
 def refuse_infinity(loss: float, where: str) -> None:
+    """End the run with a sentence where its loss is no number."""
     if not math.isfinite(loss):
         raise Diverged(
             f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate may help."
+            "a smaller --learning-rate often helps."
         )
 
 
-def stopped(run_dir: str | Path) -> SystemExit:
-    """What Ctrl-C ends with."""
+def stopped(run_dir: str | Path, finished: bool = False) -> SystemExit:
+    """What Ctrl-C ends with, finished: when nothing is left but the last evaluation."""
     path = Path(run_dir, "checkpoint.pt")
     if not path.exists():
         return SystemExit("Stopped before the first checkpoint.")
-    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+    way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+    return SystemExit(f"Stopped; {way} {path}")
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
@@ -971,7 +981,8 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
     return name
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
 
 def check(args: Args) -> None:
@@ -983,6 +994,8 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if getattr(args, "rmsprop_eps", 1) == 0:
+        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
@@ -990,7 +1003,7 @@ def check(args: Args) -> None:
 
 
 def check_reading(args: Args) -> None:
-    """Combinations of flags that no run can have."""
+    """Refuse combinations of flags that no run can have."""
     svhn, reads, twice = args.task == "svhn", args.model != "conv", 2 * sizes_of(args).S
     backward = args.forward_backward and not (svhn and reads)
     looks = reads and args.glimpse_policy == "learned"
@@ -1011,11 +1024,18 @@ def check_reading(args: Args) -> None:
     ):
         if refused:
             raise SystemExit(sentence)
-    if args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
+    if args.run_dir and not args.evaluate and Path(args.run_dir, "checkpoint.pt").exists():
         open_run_dir(args, "", "")  # refuses it before anything is loaded
 
 
+KEPT = (  # flags that a resumed run has to share with its beginning
+    *("seed", "batch_size", "optimizer", "learning_rate", "bfloat16", "location_std"),
+    *("location_rate", "reward", "reinforce_weight", "reinforce_into_core", "monte_carlo_samples"),
+)
+
+
 def class_names(task: Literal["pairs", "addition", "svhn"]) -> list[str]:
+    """What the drawing calls the classes."""
     if task == "pairs":
         return [f"{low}{high}" for high in range(10) for low in range(high + 1)]
     return [str(n) for n in range(19)] if task == "addition" else [*map(str, range(10)), "end"]
@@ -1048,16 +1068,6 @@ def draw_reading(
     plt.close(figure)
 
 
-def main(args: Args) -> dict[str, float]:
-    check(args)
-    check_reading(args)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
-    try:
-        return run(args, choose_device(args.device))
-    except KeyboardInterrupt:  # before or after training
-        raise SystemExit("Stopped.") from None
-
-
 def run(args: Args, device: str) -> dict[str, float]:
     """Train, or evaluate a checkpoint."""
     torch.manual_seed(args.seed)
@@ -1066,17 +1076,17 @@ def run(args: Args, device: str) -> dict[str, float]:
     shaping = ("task", "model", "dataset", "context", "glimpse_policy", "forward_backward")
     shaping += ("patch_size", "num_scales", "num_glimpses", "location_unit")
     shaping += ("svhn_size",) if args.resume or args.model == "conv" else ()
-    shaping += ("optimizer", "bfloat16") if args.resume else ()
+    kept = KEPT if args.resume else ()
     first_epoch, seconds = 1, 0.0
     if path := args.resume or args.evaluate or args.pretrained:
-        checkpoint = load_checkpoint(Path(path), args, nets, *shaping)
+        checkpoint = load_checkpoint(Path(path), args, nets, *shaping, *kept)
     if args.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
         torch.cuda.manual_seed(args.seed + checkpoint["epoch"])  # a GPU goes on with other draws
         first_epoch, seconds = checkpoint["epoch"] + 1, checkpoint["seconds"]
         if first_epoch > args.epochs:
-            raise SystemExit(f"{args.resume} has had {args.epochs} epochs: raise --epochs.")
+            raise SystemExit(f"{args.resume} has had {first_epoch - 1} epochs: raise --epochs.")
     data = load_data(args, device)
 
     def evaluate_both() -> dict[str, float]:
@@ -1105,7 +1115,7 @@ def run(args: Args, device: str) -> dict[str, float]:
             for group, factor in zip(optimizer.param_groups, (1, args.location_rate)):
                 group |= {"lr": learning_rate * factor, "capturable": device == "cuda"}
             for shown in learn_from(minibatches(args, data), learn):
-                refuse_infinity(shown[0].item(), f"in step {len(watched)} of epoch {epoch}")
+                refuse_infinity(shown[0].item(), f"in step {len(watched) + 1} of epoch {epoch}")
                 watched.append(shown)
             took = time.perf_counter() - start
             seconds += took
@@ -1130,6 +1140,16 @@ def run(args: Args, device: str) -> dict[str, float]:
     if args.model != "conv":
         draw_reading(nets[0], args, *data.test, run_dir / "reading.png")
     return metrics
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    check_reading(args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+    try:
+        return run(args, choose_device(args.device))
+    except KeyboardInterrupt:  # before or after training
+        raise SystemExit("Stopped.") from None
 
 
 if __name__ == "__main__":

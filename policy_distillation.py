@@ -70,7 +70,8 @@ Departures: ours (the paper's)
     Multi-DQN: its games and their updates take turns ("evenly interleaved"); exploration, updates
       and target count the steps of all games together, the memory and learning_starts those of
       each game (not told)
-    the DQN's target network follows every 10,000 steps (DQN 2015: updates, of four steps each)
+    the DQN's target network follows every 10,000 steps (DQN 2015: updates, of four steps each); it
+      does not learn from steps that run into the time limit (not told)
 
 Symbols: q teacher's Q-values; tau temperature; S student's outputs, logits of its policy; T steps;
 a_tm1 taken in s_tm1 gives r_t and s_t; y target of Q; theta^- the target network; g a game.
@@ -136,7 +137,7 @@ class Args:
     learning_starts: int = 50_000  # steps of each game before the DQN learns
     steps_per_update: int = 4  # of the DQN
     target_period: int = 10_000  # steps between two target networks
-    final_epsilon: float = 0.1  # exploration of the DQN after epsilon_timesteps
+    final_epsilon: float = 0.1  # exploration at the end of its fall from 1
     epsilon_timesteps: int = 1_000_000  # until exploration has fallen from 1, linearly
     # Optimisation
     total_timesteps: int = 50_000_000  # of stage teacher, all games together; 200 M frames
@@ -149,13 +150,13 @@ class Args:
     num_collectors: int = 2  # processes in which teachers play; another number, other results
     envs_per_collector: int = 8  # K, games of a kind that a collector plays side by side
     report_every: int = 25_000  # steps between two reports of stage teacher, each with a checkpoint
-    eval_every: int = 0  # reports (of stage distill: rounds) between evaluations; 0: at the end
+    eval_every: int = 0  # reports, not steps (distill: rounds), between evaluations; 0: at the end
     eval_episodes: int = 30  # whole games of an evaluation
     eval_epsilon: float = 0.05  # exploration in evaluation
     capture_video: bool = False  # write a game of teacher (left) and student as a GIF
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     seed: int = 1  # of every random number
-    run_dir: str = ""  # for logs, films, checkpoint.pt, replays; default runs/GAMES__SCRIPT__...
+    run_dir: str = ""  # for logs, films, replays, checkpoint.pt; default runs/GAMES-STAGE__...
     resume: str = ""  # a checkpoint.pt to continue from, in its own folder
     evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
 
@@ -190,7 +191,7 @@ def distillation_loss(S: Tensor, q: Tensor, args: Args) -> Tensor:
     return nll_loss(S, q) if args.loss == "nll" else mse_loss(S, q)
 
 
-SIZES = {  # filters of the convolutions, hidden units, hidden units per game (tables A1, A2)
+WIDTHS = {  # filters of the convolutions, hidden units, hidden units per game (tables A1, A2)
     "net1": (16, 32, 32, 256, 0),
     "net2": (16, 16, 16, 128, 0),
     "net3": (16, 16, 16, 64, 0),
@@ -238,13 +239,16 @@ def epsilon_greedy(
     return torch.where(explores, any_action, q.argmax(-1))
 
 
-def exploration_rate(T: int, final_epsilon: float, epsilon_timesteps: int) -> float:
-    """The DQN's epsilon on its way from 1 to its final value."""
-    return 1 + (final_epsilon - 1) * min(1.0, T / epsilon_timesteps)
+def exploration_rate(t: int, final_epsilon: Tensor | float, fall: int) -> Tensor | float:
+    """epsilon at t, on its way from 1 to its final value, which it has after fall."""
+    return 1 + (final_epsilon - 1) * min(1.0, t / fall)
 
 
-def dqn_target(r_t: Tensor, terminated: Tensor, q_t: Tensor, discount: float) -> Tensor:
-    """y = r + discount max_a Q(s_t, a; theta^-), without the second term at an end. All are [B]."""
+def dqn_targets(r_t: Tensor, terminated: Tensor, q_t: Tensor, discount: float) -> Tensor:
+    """y = r + discount max_a Q(s_t, a; theta^-), without the second term at an end (DQN 2015).
+
+    q_t is [B, A], all else [B]; rewards are clipped, terminated is 1 or 0.
+    """
     return r_t + discount * (1 - terminated) * q_t.amax(-1)
 
 
@@ -299,7 +303,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
             env = gym.make(env_id, render_mode=None if training else "rgb_array", **atari)
         else:
             env = gym.make(env_id)
-    except (gym.error.Error, ImportError, ValueError) as error:
+    except Exception as error:  # an environment may raise anything
         nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
         raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
 
@@ -457,7 +461,7 @@ def evaluate_games(net: GameNetwork, teachers: nn.ModuleList, args: Args) -> dic
             f"not for {', '.join(others)}."
         )
     elif ratios:
-        metrics["eval/geometric_mean"] = 100 * geometric_mean(ratios)
+        metrics["eval/geometric_mean"] = 100 * geometric_mean(ratios)  # percent
     return metrics
 
 
@@ -528,7 +532,7 @@ class DeepQLearner:
             q_t = self.target_net(memory.stacks(lane, t + 1), g)
         q_tm1 = self.net(memory.stacks(lane, t), g)
         a_tm1, r_t, terminated, truncated = memory.values_at(lane, t).to(q_t.device).unbind(-1)
-        y = dqn_target(r_t, terminated, q_t, self.args.discount)
+        y = dqn_targets(r_t, terminated, q_t, self.args.discount)
         return td_loss(q_tm1, a_tm1.long(), y, 1 - truncated), q_tm1
 
     def learn(self, steps: int) -> dict[str, float]:
@@ -540,14 +544,14 @@ class DeepQLearner:
             info = self.act(g, epsilon)
             self.steps += 1
             if "episode" in info:
-                for tag, key in (("episodic_return", "r"), ("episodic_length", "l")):
+                for tag, key in (("episodic_return", "r"), ("episodic_length", "l")):  # frames
                     tag = named(f"charts/{tag}", args.env_ids[g], args)
                     watched[tag].append(float(info["episode"][key]))
             if self.steps % args.steps_per_update == 0 and self.steps // n > args.learning_starts:
                 loss, q = self.loss(self.steps // args.steps_per_update % n)
                 refuse_infinity(loss.item(), f"of the DQN at step {self.steps}")
                 update(self.optimizer, loss)
-                watched["losses/td_loss"].append(loss.item())
+                watched["losses/td_loss"].append(loss.item())  # (y - Q)^2 / 2, clipped
                 watched["losses/q_values"].append(q.mean().item())
             if self.steps % args.target_period == 0:
                 self.target_net.load_state_dict(self.net.state_dict())
@@ -672,8 +676,9 @@ def learn_from_memories(
         update(optimizer, loss)
         agreement = (S.argmax(-1) == q.argmax(-1)).float().mean()
         watched[named(f"losses/{args.loss}", args.env_ids[g], args)].append(loss.item())
-        watched[named("charts/agreement", args.env_ids[g], args)].append(agreement.item())
+        watched[named("charts/agreement", args.env_ids[g], args)].append(agreement.item())  # share
     means = {tag: float(np.mean(values)) for tag, values in sorted(watched.items())}
+    means["charts/learning_rate"] = args.learning_rate
     return means | {"charts/UPS": args.round_updates / (time.perf_counter() - start)}
 
 
@@ -702,23 +707,22 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
-                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{path} was made with {flag} {theirs}, not with {flag} {ours}.")
         net.load_state_dict(checkpoint["net"])
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         kind = type(error).__name__
         raise SystemExit(
-            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+            f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
     return checkpoint
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    if args.resume:
-        return Path(args.resume).parent
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists():
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    if not args.resume and (run_dir / "checkpoint.pt").exists():
         raise SystemExit(
             f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
             "another --run-dir begins anew."
@@ -727,7 +731,9 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "metrics.csv").touch()
     except OSError as error:
-        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+        raise SystemExit(
+            f"{run_dir} cannot be written to ({error}): choose another folder."
+        ) from None
     return run_dir
 
 
@@ -736,19 +742,21 @@ class Diverged(SystemExit):
 
 
 def refuse_infinity(loss: float, where: str) -> None:
+    """End the run with a sentence where its loss is no number."""
     if not math.isfinite(loss):
         raise Diverged(
             f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate may help."
+            "a smaller --learning-rate often helps."
         )
 
 
-def stopped(run_dir: str | Path) -> SystemExit:
-    """What Ctrl-C ends with."""
+def stopped(run_dir: str | Path, finished: bool = False) -> SystemExit:
+    """What Ctrl-C ends with, finished: when nothing is left but the last evaluation."""
     path = Path(run_dir, "checkpoint.pt")
     if not path.exists():
         return SystemExit("Stopped before the first checkpoint.")
-    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+    way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+    return SystemExit(f"Stopped; {way} {path}")
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
@@ -759,7 +767,8 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
     return name
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
 
 def check(args: Args) -> None:
@@ -771,10 +780,53 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if getattr(args, "rmsprop_eps", 1) == 0:
+        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+OF_STUDENTS = ("online", "loss", "temperature", "teacher_epsilon", "memory_steps", "round_steps")
+OF_STUDENTS += ("round_updates", "total_rounds", "num_collectors", "envs_per_collector")
+OF_DQN = ("discount", "dqn_memory_steps", "learning_starts", "steps_per_update", "target_period")
+OF_DQN += ("final_epsilon", "epsilon_timesteps")
+
+
+def check_stage(args: Args) -> None:
+    """Refuse combinations of flags that no run can have."""
+    learns, distils, n = args.stage == "teacher", args.stage == "distill", len(args.env_ids)
+    for holds, where, names in (
+        (learns, "with --stage teacher", OF_STUDENTS),
+        (learns and n == 1, "on a DQN of one game", ("student",)),
+        (distils, "with --stage distill", ("total_timesteps", "report_every")),
+        (distils and not args.online, "without --online", OF_DQN),
+        (args.optimizer == "adam", "with --optimizer adam", ("max_learning_rate",)),
+    ):
+        given = [name for name in names if getattr(args, name) != getattr(Args, name)]
+        if holds and given:
+            flag = given[0].replace("_", "-")
+            raise SystemExit(f"--{flag} has no effect {where}: leave it out.")
+
+    lanes = args.num_collectors * args.envs_per_collector
+    unclear = distils and bool(args.teachers) == args.online
+    unfit = distils and n > 0 and not 0 < lane_steps(args) <= args.memory_steps // lanes
+    rates, repeats = (args.learning_rate, args.max_learning_rate), len(set(args.env_ids)) < n
+    refused = {
+        "--env-ids needs at least one game.": n == 0,
+        "A student needs --teachers a.pt b.pt, checkpoints of --stage teacher or of gorila_dqn.py, "
+        "or one that learns beside it, --online; one of the two.": unclear,
+        "--online distils a single game: pass one of --env-ids.": args.online and n > 1,
+        f"--env-ids must name each game once, not {', '.join(args.env_ids)}.": repeats,
+        "--temperature must be above 0; its limit at 0 is --loss nll.": args.temperature == 0,
+        "--learning-rate and --max-learning-rate must be above 0.": 0 in rates,
+        f"--round-steps {args.round_steps} must give each of {lanes} games side by side a step of "
+        f"each kind of game, and no more than fits into --memory-steps {args.memory_steps}.": unfit,
+    }
+    for sentence, holds in refused.items():
+        if holds:
+            raise SystemExit(sentence)
 
 
 def load_teacher(path: str) -> tuple[str, GameNetwork]:
@@ -785,7 +837,7 @@ def load_teacher(path: str) -> tuple[str, GameNetwork]:
         if checkpoint["args"].get("stage") == "distill":
             raise ValueError("a student")
         theirs = {name.replace("q.", "outputs.0.0."): x for name, x in checkpoint["net"].items()}
-        net = GameNetwork(SIZES["same"], [len(theirs["outputs.0.0.bias"])])
+        net = GameNetwork(WIDTHS["same"], [len(theirs["outputs.0.0.bias"])])
         net.load_state_dict(theirs)
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         raise SystemExit(
@@ -839,53 +891,6 @@ def check_memory(args: Args, num_actions: list[int]) -> None:
     tqdm.write(f"{told} of this machine's {memory / 1e9:.2f} GB.")
 
 
-OF_STUDENTS = (
-    "online loss temperature teacher_epsilon memory_steps round_steps round_updates total_rounds "
-    "num_collectors envs_per_collector"
-)
-OF_DQN = (
-    "discount dqn_memory_steps learning_starts steps_per_update target_period final_epsilon "
-    "epsilon_timesteps"
-)
-
-
-def check_stage(args: Args) -> None:
-    """Refuse flags that would have no effect, and combinations that no run can have."""
-    learns, distils, n = args.stage == "teacher", args.stage == "distill", len(args.env_ids)
-    for holds, where, names in (
-        (learns, "with --stage teacher", OF_STUDENTS),
-        (learns and n == 1, "on a DQN of one game", "student"),
-        (distils, "with --stage distill", "total_timesteps report_every"),
-        (distils and not args.online, "without --online", OF_DQN),
-        (args.optimizer == "adam", "with --optimizer adam", "max_learning_rate"),
-    ):
-        given = [name for name in names.split() if getattr(args, name) != getattr(Args, name)]
-        if holds and given:
-            flag = given[0].replace("_", "-")
-            raise SystemExit(f"--{flag} has no effect {where}: leave it out.")
-
-    lanes = args.num_collectors * args.envs_per_collector
-    unclear = distils and bool(args.teachers) == args.online
-    unfit = distils and n > 0 and not 0 < lane_steps(args) <= args.memory_steps // lanes
-    epsilons = args.teacher_epsilon, args.final_epsilon
-    rates = args.learning_rate, args.max_learning_rate
-    refused = {
-        "--env-ids needs at least one game.": n == 0,
-        "A student needs --teachers a.pt b.pt, checkpoints of --stage teacher or of gorila_dqn.py, "
-        "or one that learns beside it, --online; one of the two.": unclear,
-        "--online distils a single game: pass one of --env-ids.": args.online and n > 1,
-        f"Each game once, please, not {', '.join(args.env_ids)}.": len(set(args.env_ids)) < n,
-        "--temperature must be above 0; its limit at 0 is --loss nll.": args.temperature == 0,
-        "--teacher-epsilon and --final-epsilon must be at most 1.": max(epsilons) > 1,
-        "--learning-rate and --max-learning-rate must be above 0.": 0 in rates,
-        f"--round-steps {args.round_steps} must give each of {lanes} games side by side a step of "
-        f"each kind of game, and no more than fits into --memory-steps {args.memory_steps}.": unfit,
-    }
-    for sentence, holds in refused.items():
-        if holds:
-            raise SystemExit(sentence)
-
-
 def film_games(net: GameNetwork, teachers: nn.ModuleList, args: Args, run_dir: Path) -> None:
     """A GIF of each game: left the teacher's, right the student's, from the same start.
 
@@ -933,7 +938,7 @@ def make_net(args: Args, num_actions: list[int]) -> GameNetwork:
     """What the stage trains: a DQN of one game, a Multi-DQN or a student."""
     single = "same" if args.stage == "teacher" else "net2"
     auto = single if len(num_actions) == 1 else "multi3"
-    return GameNetwork(SIZES[auto if args.student == "auto" else args.student], num_actions)
+    return GameNetwork(WIDTHS[auto if args.student == "auto" else args.student], num_actions)
 
 
 def train_teacher(
@@ -947,6 +952,7 @@ def train_teacher(
         first, start = learner.steps, time.perf_counter()
         metrics = learner.learn(min(args.report_every, args.total_timesteps - first))
         metrics["charts/SPS"] = (learner.steps - first) / (time.perf_counter() - start)
+        metrics["charts/learning_rate"] = args.learning_rate
         reports, last = learner.steps // args.report_every, learner.steps == args.total_timesteps
         due = last or (args.eval_every > 0 and reports % args.eval_every == 0)
         yield learner.steps, due, metrics, learner.state_dict()
@@ -1010,85 +1016,87 @@ def run_stage(
 
     games = args.env_ids[0] if len(args.env_ids) == 1 else f"{len(args.env_ids)}-games"
     run_dir = open_run_dir(args, f"{games}-{args.stage}", "policy_distillation")
-    if not os.access(run_dir, os.W_OK):
-        raise SystemExit(f"{run_dir} cannot be written to: change that or choose another folder.")
     writer, memory = SummaryWriter(run_dir), run_dir / "memory"
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     start = time.perf_counter() - checkpoint.get("seconds", 0.0)
     if checkpoint:
         torch.set_rng_state(checkpoint["rng"])
     stage = train_teacher(net, args, memory, checkpoint)
     if args.stage == "distill":
         stage = distill(net, teachers, args, memory, checkpoint)
+    finished = False
     try:
         with closing(stage):
             for step, due, metrics, state in stage:
                 seconds = time.perf_counter() - start
                 state |= {"args": asdict(args), "rng": torch.get_rng_state(), "seconds": seconds}
                 save_checkpoint(run_dir / "checkpoint.pt", **state, memory=file_sizes(memory))
+                finished = state.get("steps", 0) >= args.total_timesteps
+                finished |= state.get("halves", 0) // 2 >= args.total_rounds
                 if due:
                     metrics |= evaluate_games(net, teachers, args)
-                metrics["charts/minutes"] = seconds / 60
+                metrics["charts/minutes"] = seconds / 60  # with the evaluations before this report
                 report(writer, step, metrics)
         if args.capture_video:
             film_games(net, teachers, args, run_dir)
     except KeyboardInterrupt:
-        raise stopped(run_dir) from None
+        raise stopped(run_dir, finished) from None
     finally:
         writer.close()
     return metrics
 
 
 # What may change when a run goes on. All else shapes its networks, replays or numbers.
-MAY_CHANGE = (
-    "total_timesteps total_rounds eval_every eval_episodes eval_epsilon teachers capture_video "
-    "device run_dir resume evaluate"
-)
+MAY_CHANGE = ("total_timesteps", "total_rounds", "eval_every", "eval_episodes", "eval_epsilon")
+MAY_CHANGE += ("teachers", "capture_video", "device", "run_dir", "resume", "evaluate")
+
+
+def run(args: Args) -> dict[str, float]:
+    """Train, or evaluate a checkpoint."""
+    torch.manual_seed(args.seed)
+    teachers, checkpoint = nn.ModuleList(), {}
+    if args.teachers:
+        if args.env_ids != Args.env_ids:
+            raise SystemExit("--env-ids has no effect beside --teachers: leave it out.")
+        env_ids, networks = zip(*map(load_teacher, args.teachers))
+        args, teachers = replace(args, env_ids=env_ids), nn.ModuleList(networks)
+    check_stage(args)
+    num_actions = [int(make_env(env_id).action_space.n) for env_id in args.env_ids]
+    net = make_net(args, num_actions).to(choose_device(args.device))
+    if args.online:
+        teachers = nn.ModuleList([GameNetwork(WIDTHS["same"], num_actions)])
+    teachers.share_memory()  # with the collectors, who thus see an online one change
+
+    if args.resume or args.evaluate:
+        path, shaping = Path(args.resume or args.evaluate), ["stage", "env_ids", "student"]
+        if args.resume:
+            shaping = sorted(vars(args).keys() - set(MAY_CHANGE))
+        checkpoint = load_checkpoint(path, args, net, *shaping)
+        if "teachers" in checkpoint:
+            teachers.load_state_dict(checkpoint["teachers"])
+    if args.evaluate:
+        if args.capture_video:
+            film_games(net, teachers, args, path.parent)
+        return evaluate_games(net, teachers, args)
+    if args.resume and file_sizes(path.parent / "memory") != checkpoint.get("memory"):
+        raise SystemExit(
+            f"The replays in {path.parent / 'memory'} are missing or not as {path} left them: "
+            "the run cannot go on."
+        )
+    steps, rounds = checkpoint.get("steps", 0), checkpoint.get("halves", 0) // 2
+    for had, what in ((steps, "timesteps"), (rounds, "rounds")):
+        if had >= getattr(args, f"total_{what}"):
+            raise SystemExit(f"{path} has had {had} {what}: --evaluate it or raise --total-{what}.")
+    check_memory(args, num_actions)
+    return run_stage(net, teachers, args, checkpoint)
 
 
 def main(args: Args) -> dict[str, float]:
     check(args)
     try:
-        torch.manual_seed(args.seed)
-        teachers, checkpoint = nn.ModuleList(), {}
-        if args.teachers:
-            if args.env_ids != Args.env_ids:
-                raise SystemExit("--env-ids has no effect beside --teachers: leave it out.")
-            env_ids, networks = zip(*map(load_teacher, args.teachers))
-            args, teachers = replace(args, env_ids=env_ids), nn.ModuleList(networks)
-        check_stage(args)
-        num_actions = [int(make_env(env_id).action_space.n) for env_id in args.env_ids]
-        net = make_net(args, num_actions).to(choose_device(args.device))
-        if args.online:
-            teachers = nn.ModuleList([GameNetwork(SIZES["same"], num_actions)])
-        teachers.share_memory()  # with the collectors, who thus see an online one change
-
-        if args.resume or args.evaluate:
-            path, shaping = Path(args.resume or args.evaluate), ["stage", "env_ids", "student"]
-            if args.resume:
-                shaping = sorted(vars(args).keys() - MAY_CHANGE.split())
-            checkpoint = load_checkpoint(path, args, net, *shaping)
-            if "teachers" in checkpoint:
-                teachers.load_state_dict(checkpoint["teachers"])
-        if args.evaluate:
-            if args.capture_video:
-                film_games(net, teachers, args, path.parent)
-            return evaluate_games(net, teachers, args)
-        if args.resume and file_sizes(path.parent / "memory") != checkpoint.get("memory"):
-            raise SystemExit(
-                f"The replays in {path.parent / 'memory'} are missing or not as {path} left them: "
-                "the run cannot go on."
-            )
-        steps, rounds = checkpoint.get("steps", 0), checkpoint.get("halves", 0) // 2
-        for had, what in ((steps, "timesteps"), (rounds, "rounds")):
-            if had >= getattr(args, f"total_{what}"):
-                raise SystemExit(
-                    f"{path} has had {had} {what}: --evaluate it or raise --total-{what}."
-                )
-        check_memory(args, num_actions)
-        return run_stage(net, teachers, args, checkpoint)
-    except KeyboardInterrupt:
+        return run(args)
+    except KeyboardInterrupt:  # before or after training
         raise SystemExit("Stopped.") from None
 
 

@@ -4,9 +4,9 @@
     Shows    whitened layers need several times fewer updates than gradient descent (figure 3)
     Run      python prong.py --batch-size 256 --total-iterations 10000
     Result   12 times fewer updates to the loss that gradient descent has after 10,000, 9 times less
-               time (means of seeds 1 to 3) in 7 minutes on 2 cores; paper: up to 10 times fewer
+               time (means of seeds 1 to 3) in 7 min on 2 cores; paper: up to 10 times fewer
     Run      python prong.py --task cifar10 --batch-size 64 --total-iterations 5000
-    Result   16.7 % validation error (seed 1; batch normalisation 19.6) in 48 minutes on one core;
+    Result   16.7 % validation error (seed 1; batch normalisation 19.6) in 48 min on one core;
                paper: 7.32 % (8.22) of the test images after all of its training
     Run      python prong.py --task fisher --learning-rate 1e-2 --total-iterations 5000
                --report-every 100
@@ -46,6 +46,7 @@ import io
 import itertools
 import math
 import pickle
+import signal
 import tarfile
 import time
 import urllib.request
@@ -456,10 +457,12 @@ def reconstruction_loss(logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def classification_loss(logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of the class, mean over images."""
     return F.cross_entropy(logits, y)
 
 
 def make_task(args: Args, device: str) -> Task:
+    """The network, images and loss of --task."""
     if args.task == "cifar10":
         (x, y), test = load_cifar10(args.data_dir, "train"), load_cifar10(args.data_dir, "test")
         held_out = {"validation": (x[-5000:], y[-5000:]), "test": test}
@@ -519,6 +522,7 @@ def evaluate(task: Task, args: Args) -> dict[str, float]:
 
 
 def make_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
+    """RMSprop, or gradient descent with momentum for all other methods."""
     if args.method == "rmsprop":
         how = dict(alpha=args.rmsprop_decay, eps=args.rmsprop_eps, momentum=args.momentum_decay)
         return torch.optim.RMSprop(net.parameters(), args.learning_rate, **how)
@@ -583,23 +587,22 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
-                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{path} was made with {flag} {theirs}, not with {flag} {ours}.")
         net.load_state_dict(checkpoint["net"])
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         kind = type(error).__name__
         raise SystemExit(
-            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+            f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
     return checkpoint
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    if args.resume:
-        return Path(args.resume).parent
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists():
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    if not args.resume and (run_dir / "checkpoint.pt").exists():
         raise SystemExit(
             f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
             "another --run-dir begins anew."
@@ -608,7 +611,9 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "metrics.csv").touch()
     except OSError as error:
-        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+        raise SystemExit(
+            f"{run_dir} cannot be written to ({error}): choose another folder."
+        ) from None
     return run_dir
 
 
@@ -617,19 +622,21 @@ class Diverged(SystemExit):
 
 
 def refuse_infinity(loss: float, where: str) -> None:
+    """End the run with a sentence where its loss is no number."""
     if not math.isfinite(loss):
         raise Diverged(
             f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate may help."
+            "a smaller --learning-rate often helps."
         )
 
 
-def stopped(run_dir: str | Path) -> SystemExit:
-    """What Ctrl-C ends with."""
+def stopped(run_dir: str | Path, finished: bool = False) -> SystemExit:
+    """What Ctrl-C ends with, finished: when nothing is left but the last evaluation."""
     path = Path(run_dir, "checkpoint.pt")
     if not path.exists():
         return SystemExit("Stopped before the first checkpoint.")
-    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+    way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+    return SystemExit(f"Stopped; {way} {path}")
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
@@ -640,7 +647,8 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
     return name
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
 
 def check(args: Args) -> None:
@@ -652,10 +660,40 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if getattr(args, "rmsprop_eps", 1) == 0:
+        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def check_method(args: Args) -> None:
+    """Refuse combinations of flags that no run can have."""
+    whitens, normalises = args.method.startswith("prong"), args.method in ("batchnorm", "prong+")
+    if args.tune and (args.resume or args.evaluate):
+        raise SystemExit(
+            "--tune begins 24 runs, or goes on with those in --run-dir: leave --resume and "
+            "--evaluate out."
+        )
+    if args.task == "fisher" and normalises:
+        raise SystemExit("--task fisher compares sgd, rmsprop and prong, as the paper does.")
+    if args.task == "cifar10" and args.dataset != "mnist":
+        raise SystemExit("--dataset is for autoencoder and fisher.")
+    if whitens and args.epsilon == 0:
+        raise SystemExit(f"--epsilon must be above 0, not {args.epsilon}.")
+    if whitens and args.whitening_samples < 2:
+        raise SystemExit(f"--whitening-samples must be at least 2, not {args.whitening_samples}.")
+    if normalises and args.batch_size < 2:
+        raise SystemExit(f"--batch-size must be at least 2 to normalise, not {args.batch_size}.")
+    if args.run_dir and not args.evaluate and Path(args.run_dir, "checkpoint.pt").exists():
+        open_run_dir(args, "", "")  # refuses it before anything is loaded
+
+
+KEPT = (  # flags that a resumed run has to share with its beginning
+    *("seed", "batch_size", "learning_rate", "momentum_decay", "rmsprop_decay", "rmsprop_eps"),
+    *("whitening_period", "epsilon", "momentum"),
+)
 
 
 def draw_spectra(spectra: list[Tensor], epsilon: float, path: Path) -> None:
@@ -741,28 +779,8 @@ def tune(args: Args) -> dict[str, float]:
     return {"eval/train_loss": losses[best]}
 
 
-def check_method(args: Args) -> None:
-    """Combinations of flags that no run can have."""
-    whitens, normalises = args.method.startswith("prong"), args.method in ("batchnorm", "prong+")
-    if args.tune and (args.resume or args.evaluate):
-        raise SystemExit(
-            "--tune begins 24 runs, or goes on with those in --run-dir: leave --resume and "
-            "--evaluate out."
-        )
-    if args.task == "fisher" and normalises:
-        raise SystemExit("--task fisher compares sgd, rmsprop and prong, as the paper does.")
-    if whitens and (args.epsilon == 0 or args.whitening_samples < 2):
-        raise SystemExit("--epsilon must be above 0 and --whitening-samples at least 2.")
-    if normalises and args.batch_size < 2:
-        raise SystemExit("--batch-size must be at least 2 to be normalised.")
-
-
-def main(args: Args) -> dict[str, float]:
-    check(args)
-    check_method(args)
-    device = choose_device(args.device)
-    if args.tune:
-        return tune(args)
+def run(args: Args, device: str) -> dict[str, float]:
+    """Train, or evaluate a checkpoint."""
     torch.backends.cudnn.allow_tf32 = False  # whitening wants all 24 bits
     torch.manual_seed(args.seed)
     task = make_task(args, device)
@@ -776,9 +794,7 @@ def main(args: Args) -> dict[str, float]:
         load_checkpoint(Path(args.evaluate), args, net, *shaping)
         return evaluate(task, args)
     if args.resume:
-        kept = {"batch_size", "seed", "epsilon", "momentum", "momentum_decay", "learning_rate"}
-        kept |= {"whitening_period", "rmsprop_decay", "rmsprop_eps"}
-        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, *sorted(kept))
+        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, *KEPT)
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
         waterfall.best, waterfall.waited = checkpoint["waterfall"]
@@ -812,19 +828,19 @@ def main(args: Args) -> dict[str, float]:
                     matrices["whitened"] = probe_fisher(task)
                     start += time.perf_counter() - began  # measuring is not training
             losses.append(update(task, optimizer, args.batch_size))
-            refuse_infinity(losses[-1].item(), f"at update {t}")
             t += 1
+            refuse_infinity(losses[-1].item(), f"at update {t}")
             bar.update()
             validates = args.task == "cifar10" and t % 1000 == 0
             if not (t % args.report_every == 0 or t == args.total_iterations or validates):
                 continue
 
-            now = time.perf_counter()
-            seconds += now - start
+            took = time.perf_counter() - start
+            seconds += took
             metrics = {"losses/loss": torch.stack(losses).mean().item()}
-            metrics["charts/SPS"] = len(losses) * args.batch_size / (now - start)  # images/s
+            metrics["charts/SPS"] = len(losses) * args.batch_size / took  # images per second
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            metrics["charts/seconds"] = seconds
+            metrics["charts/minutes"] = seconds / 60  # of training alone
             if whitens:
                 metrics["charts/whitening_share"] = 100 * whitening_seconds / seconds  # percent
             metrics |= evaluate(task, args)
@@ -852,6 +868,17 @@ def main(args: Args) -> dict[str, float]:
     if matrices:
         draw_fisher(matrices | {"at the end": probe_fisher(task)}, run_dir / "fisher.png")
     return metrics
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    check_method(args)
+    device = choose_device(args.device)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+    try:
+        return tune(args) if args.tune else run(args, device)
+    except KeyboardInterrupt:  # before or after training
+        raise SystemExit("Stopped.") from None
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 Task = Literal["mnist", "translated", "cluttered", "cluttered100", "catch"]
+Reward = Literal["probability", "correct"]
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Args:
     patch_size: int = 0  # g, pixels; 0: the paper's for the task (8, 12 or 6)
     num_scales: int = 0  # k, patches of a glimpse; 0: the paper's for the task (1, 3 or 4)
     num_glimpses: int = 0  # N; 0: 6 on mnist, else 8 (catch: one per frame)
-    reward: Literal["probability", "correct"] = "probability"  # of the right class; or its 0 and 1
+    reward: Reward = "probability"  # that of the right class, or 1 where it is the likeliest
     location_std: float = 0.15  # deviation of a location around its mean, in half image widths
     reinforce_weight: float = 0.3  # of the location policy's gradient beside the others
     reinforce_into_core: bool | None = None  # location policy trains core, too; None: not on catch
@@ -91,16 +92,16 @@ class Args:
     fc_width: int = 256  # units of both hidden layers of fc (paper: 64 or 256)
     # Optimisation
     epochs: int = 100  # of 50,000 images (digits: 1,250; catch: 1,984 games, 46,000 frames)
-    batch_size: int = 64  # images or games
+    batch_size: int = 64  # images of a minibatch, or games
     optimizer: Literal["adam", "sgd"] = "adam"  # sgd: momentum 0.9, the paper's, wants 0.01
     learning_rate: float = 1e-3  # at the start; falls linearly to 0
     location_rate: float = 0.1  # factor on it for the location network (paper: 1)
     # The run
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
-    eval_every: int = 5  # epochs between two evaluations on validation images
+    eval_every: int = 5  # epochs between two evaluations on validation images; at the end always
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
-    seed: int = 1  # of every random number
+    seed: int = 1  # of every random number but those of the fixed sets
     run_dir: str = ""  # for logs, pictures, checkpoint.pt; default runs/TASK_MODEL__SCRIPT__...
     resume: str = ""  # a checkpoint.pt to continue from, in its own folder
     evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
@@ -455,6 +456,7 @@ def make_images(
 
 # ---- The game -----------------------------------------------------------------------------------
 
+
 GAMES_PER_EPOCH, GAMES_IN_EVALUATION = 2_000, 5_000
 
 
@@ -580,6 +582,7 @@ def evaluate(
 
 
 def evaluate_catch(net: nn.Module, args: Args) -> dict[str, float]:
+    """Balls caught, in percent: by the likeliest moves and mean locations, and by samples."""
     S, B = setting_of(args).S, GAMES_IN_EVALUATION
     greedy = play_catch(net, B, S, args.location_std, greedy=True)
     sampled = play_catch(net, B, S, args.location_std, greedy=False)
@@ -588,9 +591,11 @@ def evaluate_catch(net: nn.Module, args: Args) -> dict[str, float]:
 
 
 def evaluate_glimpses(net: nn.Module, args: Args, images: Images) -> dict[str, float]:
+    """Errors in percent, and how far from the digit the last glimpse lies."""
     setting, M = setting_of(args), args.monte_carlo_samples or 10
     wrong, wrong_along_means, distance = 0, 0, 0.0
-    for x, y, centres in zip(*(part.split(1000) for part in images)):
+    parts = list(zip(*(part.split(1000) for part in images)))
+    for x, y, centres in tqdm(parts, unit="batch", leave=False, disable=None):
         see = partial(look, net, integral_image(x), setting.num_glimpses, args.glimpse_policy)
         p = sum(see(std=args.location_std).logits.softmax(1) for _ in range(M))
         wrong += (p.argmax(1) != y).sum().item()
@@ -607,6 +612,7 @@ def evaluate_glimpses(net: nn.Module, args: Args, images: Images) -> dict[str, f
 
 
 def make_model(args: Args) -> nn.Module:
+    """The network of --model, for the images or the game of --task."""
     S, patch_size, num_scales, *_ = setting_of(args)
     if args.model == "conv":
         return ConvolutionalNetwork(S)
@@ -687,23 +693,22 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
-                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{path} was made with {flag} {theirs}, not with {flag} {ours}.")
         net.load_state_dict(checkpoint["net"])
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         kind = type(error).__name__
         raise SystemExit(
-            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+            f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
     return checkpoint
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    if args.resume:
-        return Path(args.resume).parent
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists():
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    if not args.resume and (run_dir / "checkpoint.pt").exists():
         raise SystemExit(
             f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
             "another --run-dir begins anew."
@@ -712,7 +717,9 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "metrics.csv").touch()
     except OSError as error:
-        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+        raise SystemExit(
+            f"{run_dir} cannot be written to ({error}): choose another folder."
+        ) from None
     return run_dir
 
 
@@ -721,19 +728,21 @@ class Diverged(SystemExit):
 
 
 def refuse_infinity(loss: float, where: str) -> None:
+    """End the run with a sentence where its loss is no number."""
     if not math.isfinite(loss):
         raise Diverged(
             f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate may help."
+            "a smaller --learning-rate often helps."
         )
 
 
-def stopped(run_dir: str | Path) -> SystemExit:
-    """What Ctrl-C ends with."""
+def stopped(run_dir: str | Path, finished: bool = False) -> SystemExit:
+    """What Ctrl-C ends with, finished: when nothing is left but the last evaluation."""
     path = Path(run_dir, "checkpoint.pt")
     if not path.exists():
         return SystemExit("Stopped before the first checkpoint.")
-    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+    way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+    return SystemExit(f"Stopped; {way} {path}")
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
@@ -744,7 +753,8 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
     return name
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
 
 def check(args: Args) -> None:
@@ -756,10 +766,40 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if getattr(args, "rmsprop_eps", 1) == 0:
+        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def check_task(args: Args) -> None:
+    """Refuse combinations of flags that no run can have."""
+    setting, catch, ram = setting_of(args), args.task == "catch", args.model == "ram"
+    too_many, twice = catch and args.batch_size > GAMES_PER_EPOCH, 2 * setting.S
+    too_wide = ram and setting.num_scales - 1 > math.log2(twice / setting.patch_size)
+    looks = ram and not catch
+    for refused, sentence in (
+        (catch and not ram, "--task catch is played by --model ram alone."),
+        (catch and args.dataset != "mnist", "--dataset is for images, not for catch."),
+        (catch and args.num_glimpses, "--num-glimpses is for images: catch has one per frame."),
+        (too_many, f"--batch-size must be at most {GAMES_PER_EPOCH}, the games of an epoch."),
+        (args.glimpse_policy != "learned" and not looks, "--glimpse-policy is for ram on images."),
+        (args.monte_carlo_samples and not looks, "--monte-carlo-samples is for ram on images."),
+        (too_wide, f"--patch-size, doubled for each scale after one, passes {twice}, two images."),
+        (args.location_std == 0, "--location-std must be above 0: without noise nothing is tried."),
+    ):
+        if refused:
+            raise SystemExit(sentence)
+    if args.run_dir and not args.evaluate and Path(args.run_dir, "checkpoint.pt").exists():
+        open_run_dir(args, "", "")  # refuses it before anything is loaded
+
+
+KEPT = (  # flags that a resumed run has to share with its beginning
+    *("seed", "batch_size", "optimizer", "learning_rate", "location_std", "location_rate"),
+    *("reward", "reinforce_weight", "reinforce_into_core", "monte_carlo_samples"),
+)
 
 
 def draw_glimpses(net: nn.Module, args: Args, images: Images, path: Path) -> None:
@@ -817,38 +857,6 @@ def load_images(args: Args, device: str) -> tuple[Tensor, Tensor, Images, Images
     return pool.to(device), labels[:-held_out].to(device), validation, test
 
 
-def check_task(args: Args) -> None:
-    """Combinations of flags that no run can have."""
-    setting, catch, ram = setting_of(args), args.task == "catch", args.model == "ram"
-    too_many, twice = catch and args.batch_size > GAMES_PER_EPOCH, 2 * setting.S
-    too_wide = ram and setting.num_scales - 1 > math.log2(twice / setting.patch_size)
-    looks = ram and not catch
-    for refused, sentence in (
-        (catch and not ram, "--task catch is played by --model ram alone."),
-        (catch and args.dataset != "mnist", "--dataset is for images, not for catch."),
-        (catch and args.num_glimpses, "--num-glimpses is for images: catch has one per frame."),
-        (too_many, f"--batch-size must be at most {GAMES_PER_EPOCH}, the games of an epoch."),
-        (args.glimpse_policy != "learned" and not looks, "--glimpse-policy is for ram on images."),
-        (args.monte_carlo_samples and not looks, "--monte-carlo-samples is for ram on images."),
-        (too_wide, f"--patch-size, doubled for each scale after one, passes {twice}, two images."),
-        (args.location_std == 0, "--location-std must be above 0: without noise nothing is tried."),
-    ):
-        if refused:
-            raise SystemExit(sentence)
-    if args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
-        open_run_dir(args, "", "")  # refuses it before anything is loaded
-
-
-def main(args: Args) -> dict[str, float]:
-    check(args)
-    check_task(args)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
-    try:
-        return run(args, choose_device(args.device))
-    except KeyboardInterrupt:  # before or after training
-        raise SystemExit("Stopped.") from None
-
-
 def run(args: Args, device: str) -> dict[str, float]:
     """Train, or evaluate a checkpoint."""
     torch.manual_seed(args.seed)
@@ -856,7 +864,7 @@ def run(args: Args, device: str) -> dict[str, float]:
     optimizer = two_rate_optimizer(net, args)
     shaping = ("task", "model", "dataset", "patch_size", "num_scales", "num_glimpses", "fc_width")
     shaping += ("glimpse_policy",)
-    kept = ("optimizer", "learning_rate", "batch_size", "location_std") if args.resume else ()
+    kept = KEPT if args.resume else ()
     first_epoch, seconds = 1, 0.0
     if path := args.resume or args.evaluate:
         checkpoint = load_checkpoint(Path(path), args, net, *shaping, *kept)
@@ -866,7 +874,7 @@ def run(args: Args, device: str) -> dict[str, float]:
         torch.cuda.manual_seed(args.seed + checkpoint["epoch"])  # a GPU goes on with other draws
         first_epoch, seconds = checkpoint["epoch"] + 1, checkpoint["seconds"]
         if first_epoch > args.epochs:
-            raise SystemExit(f"{args.resume} has had {args.epochs} epochs: raise --epochs.")
+            raise SystemExit(f"{args.resume} has had {first_epoch - 1} epochs: raise --epochs.")
     validation = test = None
     minibatch_losses = partial(game_losses, net, args)
     if args.task != "catch":
@@ -889,13 +897,13 @@ def run(args: Args, device: str) -> dict[str, float]:
             for group, factor in zip(optimizer.param_groups, (1, args.location_rate)):
                 group["lr"] = factor * args.learning_rate * (1 - (epoch - 1) / args.epochs)
             for loss, parts in minibatch_losses():
-                refuse_infinity(loss.item(), f"in step {len(watched)} of epoch {epoch}")
+                refuse_infinity(loss.item(), f"in step {len(watched) + 1} of epoch {epoch}")
                 update(optimizer, loss)
-                watched.append(torch.stack([*parts.values()]).detach())
+                watched.append(torch.stack([loss, *parts.values()]).detach())
             took = time.perf_counter() - start
             seconds += took
 
-            metrics = dict(zip(parts, torch.stack(watched).mean(0).tolist()))
+            metrics = dict(zip(["losses/loss", *parts], torch.stack(watched).mean(0).tolist()))
             examples = len(watched) * args.batch_size if test is None else len(digits)
             metrics["charts/SPS"] = examples / took  # images or games per second
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -918,6 +926,16 @@ def run(args: Args, device: str) -> dict[str, float]:
     elif args.model == "ram":
         draw_glimpses(net, args, test, run_dir / "glimpses.png")
     return metrics
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    check_task(args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+    try:
+        return run(args, choose_device(args.device))
+    except KeyboardInterrupt:  # before or after training
+        raise SystemExit("Stopped.") from None
 
 
 if __name__ == "__main__":

@@ -10,17 +10,17 @@
                --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000
                --report-every 500
     Result   3.16 % of digits wrong that are turned, scaled and moved (seed 1; without 14.78) in
-               10 min; paper: 0.8 (5.2)
+               10 min on one core; paper: 0.8 (5.2)
     Run      python spatial_transformer_mnist.py --model cnn --bfloat16 --learning-rate 0.03
                --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 3000
                --report-every 500
     Result   2.03 % of turned digits wrong with a convolutional network (seeds 1 to 3; without
-               2.79, with a spline 2.07) in 7 min; paper: 0.7 (1.2, 0.7)
+               2.79, with a spline 2.07) in 7 min on one core; paper: 0.7 (1.2, 0.7)
     Run      python spatial_transformer_mnist.py --task addition --num-transformers 2
                --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001
                --total-iterations 20000 --report-every 1000
     Result   12.59 % of sums of two digits wrong (seed 1; with one transformer 29.60, without
-               58.89) in 37 min; paper: 9.0 (22.6, 47.7)
+               58.89) in 37 min on one core; paper: 9.0 (22.6, 47.7)
 
 Departures: ours (the paper's)
     measured runs: 3,000 to 20,000 updates (150,000), momentum 0.9 (not told), rates 0.03 (0.01),
@@ -48,7 +48,8 @@ Departures: ours (the paper's)
 Distortions: R turned by up to 90 degrees; RTS turned by up to 45, scaled, moved; P seen in
 perspective; E bent; TC moved among clutter.
 Symbols: U input, V output, theta parameters of the transformation T_theta, G target grid of points
-(x, y) in [-1, 1]^2, B its basis. T_theta(G) says where to READ in U: a contraction zooms in.
+(x, y) in [-1, 1]^2, B its basis (in shapes a batch). T_theta(G) says where to READ in U: a
+contraction zooms in.
 Shapes: B images of C channels, S their width, K basis functions of a transformation.
 """
 
@@ -57,6 +58,7 @@ import gzip
 import hashlib
 import math
 import os
+import signal
 import time
 import urllib.request
 import zlib
@@ -104,7 +106,7 @@ class Args:
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
     report_every: int = 1000  # updates between two reports, each with a checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
-    seed: int = 1  # of every random number
+    seed: int = 1  # of every random number but those of the fixed sets
     run_dir: str = ""  # for logs, pictures, checkpoint.pt; default runs/DISTORTION_MODEL_...
     resume: str = ""  # a checkpoint.pt to continue from, in its own folder
     evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
@@ -307,6 +309,7 @@ CANVAS = {"none": 28, "R": 28, "RTS": 42, "P": 42, "E": 42, "TC": 60}
 
 
 def count_parameters(net: nn.Module) -> int:
+    """Of all its layers."""
     return sum(p.numel() for p in net.parameters())
 
 
@@ -551,7 +554,7 @@ def evaluate(net: TransformerNetwork, args: Args, examples: Examples) -> dict[st
     turns = args.task == "classification" and args.distortion == "R" and args.transform != "none"
     wrong, inside, turned = 0, [], []
     parts = list(zip(examples.x.split(1000), examples.y.split(1000)))
-    for x, y in tqdm(parts, desc="evaluation", leave=False, disable=None):
+    for x, y in tqdm(parts, unit="batch", leave=False, disable=None):
         logits, _, points = net(x)
         wrong += (logits.argmax(1) != y).sum().item()
         if points.numel():
@@ -560,7 +563,7 @@ def evaluate(net: TransformerNetwork, args: Args, examples: Examples) -> dict[st
             turned.append(angle_of(points[:, 0]))
     metrics = {"eval/error": 100 * wrong / len(examples.y)}
     if inside:
-        metrics["eval/inside"] = torch.stack(inside).mean(0).min().item()
+        metrics["eval/inside"] = torch.stack(inside).mean(0).min().item()  # share
     if turns:
         both = torch.stack([torch.cat(turned), examples.angle])
         (read, shared), (_, true) = torch.cov(both).tolist()
@@ -606,23 +609,22 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
-                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{path} was made with {flag} {theirs}, not with {flag} {ours}.")
         net.load_state_dict(checkpoint["net"])
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         kind = type(error).__name__
         raise SystemExit(
-            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+            f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
     return checkpoint
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    if args.resume:
-        return Path(args.resume).parent
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists():
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    if not args.resume and (run_dir / "checkpoint.pt").exists():
         raise SystemExit(
             f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
             "another --run-dir begins anew."
@@ -631,7 +633,9 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "metrics.csv").touch()
     except OSError as error:
-        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+        raise SystemExit(
+            f"{run_dir} cannot be written to ({error}): choose another folder."
+        ) from None
     return run_dir
 
 
@@ -640,19 +644,21 @@ class Diverged(SystemExit):
 
 
 def refuse_infinity(loss: float, where: str) -> None:
+    """End the run with a sentence where its loss is no number."""
     if not math.isfinite(loss):
         raise Diverged(
             f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate may help."
+            "a smaller --learning-rate often helps."
         )
 
 
-def stopped(run_dir: str | Path) -> SystemExit:
-    """What Ctrl-C ends with."""
+def stopped(run_dir: str | Path, finished: bool = False) -> SystemExit:
+    """What Ctrl-C ends with, finished: when nothing is left but the last evaluation."""
     path = Path(run_dir, "checkpoint.pt")
     if not path.exists():
         return SystemExit("Stopped before the first checkpoint.")
-    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+    way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+    return SystemExit(f"Stopped; {way} {path}")
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
@@ -663,7 +669,8 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
     return name
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
 
 def check(args: Args) -> None:
@@ -675,10 +682,32 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if getattr(args, "rmsprop_eps", 1) == 0:
+        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def check_transformers(args: Args) -> None:
+    """Refuse combinations of flags that no run can have."""
+    if args.num_transformers > 1 and (args.task != "addition" or args.transform == "none"):
+        raise SystemExit("--num-transformers above 1 is for --task addition with a --transform.")
+    if args.num_transformers > 2:
+        raise SystemExit(f"--num-transformers must be 1 or 2, not {args.num_transformers}.")
+    if args.task == "addition" and args.distortion != "R":
+        raise SystemExit("--task addition distorts its digits by RTS: leave --distortion out.")
+    if args.optimizer == "adam" and args.sgd_momentum:
+        raise SystemExit("--sgd-momentum is for --optimizer sgd.")
+    if args.run_dir and not args.evaluate and Path(args.run_dir, "checkpoint.pt").exists():
+        open_run_dir(args, "", "")  # refuses it before anything is loaded
+
+
+KEPT = (  # flags that a resumed run has to share with its beginning
+    *("seed", "batch_size", "optimizer", "learning_rate", "localisation_learning_rate"),
+    *("sgd_momentum", "bfloat16", "fixed_distortions", "total_iterations"),
+)
 
 
 def inked(picture: Tensor) -> np.ndarray:
@@ -726,30 +755,9 @@ def film_frame(net: TransformerNetwork, examples: Examples) -> Tensor:
 
 
 def save_film(frames: list[Tensor], path: Path) -> None:
+    """A GIF of frames [H, W, 3], each twice as large."""
     pictures = [Image.fromarray(frame.numpy().repeat(2, 0).repeat(2, 1)) for frame in frames]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=120, loop=0)
-
-
-def check_transformers(args: Args) -> None:
-    """Combinations of flags that no run can have."""
-    if args.num_transformers > 1 and (args.task != "addition" or args.transform == "none"):
-        raise SystemExit("--num-transformers above 1 is for --task addition with a --transform.")
-    if args.num_transformers > 2:
-        raise SystemExit("--num-transformers is 1 or 2.")
-    if args.task == "addition" and args.distortion != "R":
-        raise SystemExit("--task addition distorts its digits by RTS: leave --distortion out.")
-    if args.optimizer == "adam" and args.sgd_momentum:
-        raise SystemExit("--sgd-momentum is for --optimizer sgd: leave one of them out.")
-
-
-def main(args: Args) -> dict[str, float]:
-    check(args)
-    check_transformers(args)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages, a sixth faster
-    try:
-        return run(args, choose_device(args.device))
-    except KeyboardInterrupt:  # before or after training
-        raise SystemExit("Stopped.") from None
 
 
 def run(args: Args, device: str) -> dict[str, float]:
@@ -782,16 +790,13 @@ def run(args: Args, device: str) -> dict[str, float]:
         optimizer = torch.optim.SGD(groups, momentum=args.sgd_momentum)
     generator = torch.Generator(device).manual_seed(args.seed)
     shaping = ("task", "distortion", "model", "transform", "num_transformers", "dataset")
-    shaping += ("bfloat16",)
     t, seconds, frames = 0, 0.0, []
     if args.evaluate:
         load_checkpoint(Path(args.evaluate), args, net, *shaping)
         draw_transformations(net, test, Path(args.evaluate).with_name("transformations.png"))
         return evaluate(net, args, test)
     if args.resume:
-        kept = ("optimizer", "learning_rate", "localisation_learning_rate", "sgd_momentum")
-        kept += ("batch_size", "fixed_distortions", "total_iterations", "seed")
-        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, *kept)
+        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, *KEPT)
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["device"] != device:
             raise SystemExit(f"{args.resume} was made on {checkpoint['device']}, not on {device}.")
@@ -820,18 +825,18 @@ def run(args: Args, device: str) -> dict[str, float]:
             else:
                 x, y, _ = make_examples(digits, labels, chosen, args, generator)
             losses.append(update(net, optimizer, x, y))
-            refuse_infinity(losses[-1].item(), f"at update {t}")
             t += 1
+            refuse_infinity(losses[-1].item(), f"at update {t}")
             bar.update()
             if t % args.report_every and t < args.total_iterations:
                 continue
 
-            now = time.perf_counter()
-            seconds += now - start
+            took = time.perf_counter() - start
+            seconds += took
             metrics = {"losses/loss": torch.stack(losses).mean().item()}
-            metrics["charts/SPS"] = len(losses) * args.batch_size / (now - start)  # images/s
+            metrics["charts/SPS"] = len(losses) * args.batch_size / took  # images per second
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            metrics["charts/minutes"] = seconds / 60
+            metrics["charts/minutes"] = seconds / 60  # of training alone
             metrics |= evaluate(net, args, test)
             if metrics.get("eval/inside", 1.0) < 0.05:
                 raise SystemExit(
@@ -855,6 +860,17 @@ def run(args: Args, device: str) -> dict[str, float]:
     draw_transformations(net, test, run_dir / "transformations.png")
     save_film(frames, run_dir / "training.gif")
     return metrics
+
+
+def main(args: Args) -> dict[str, float]:
+    check(args)
+    check_transformers(args)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages, a sixth faster
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+    try:
+        return run(args, choose_device(args.device))
+    except KeyboardInterrupt:  # before or after training
+        raise SystemExit("Stopped.") from None
 
 
 if __name__ == "__main__":

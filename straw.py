@@ -2,7 +2,7 @@
 
     Paper    Vezhnevets et al., "Strategic attentive writer for learning macro-actions", NIPS 2016
     Shows    in a maze it replans at corners and junctions (figure 3a); macro-actions of text are
-             frequent n-grams (figure 3c); noise in the plan makes exploration last (STRAWe)
+               frequent n-grams (figure 3c); noise in the plan makes exploration last (STRAWe)
     Run      python straw.py --envs-per-worker 4 --learning-rate 1e-3 --rmsprop-eps 1e-3
                --discount 0.95 --total-timesteps 10000000
     Result   not yet measured
@@ -17,20 +17,22 @@
 
 Departures: ours (the paper's)
     lambda 1e-3, alpha 1e-5, entropy cost 1e-3, learning rate 5e-4 (drawn at random, 200 runs each);
-      discount, RMSProp's constants, gradient norm and value cost as in a3c_atari.py (not told)
+      discount 0.99, RMSProp's decay 0.99 and epsilon 0.1, gradient norm 40, value cost 0.5 (not
+      told)
     the Run lines of mazes have larger steps, a shorter sight and 4 games a worker, and move goals
       away every 250,000 steps (2 million), to learn in 10 million steps (200 million)
     tanh in the planner's perceptron (not told; with ReLU plans can grow exponentially)
     at first the patch lies over the next K steps and a plan lasts 5 at most (not told); the grid's
-      position is a sigmoid's part of the plan, so it cannot leave it (DRAW: linear)
+      position is a sigmoid times the plan's length, so it cannot leave it (DRAW: linear); its
+      stride is exp(psi) columns (DRAW: (T - 1) / (K - 1) exp(psi))
     the last entry of a written commitment plan is 1, so that at the end of a plan there is another,
       whatever b (not told); b starts at 0 (not told); z = mu + sigma eps (sigma or its square)
     the gate is sampled in evaluation, too (not told); an advantage is clipped in the policy's
       gradient, not in the value's (not told)
     processes, as many as there are cores (32 threads), each with K games (1), an update sums the
-      gradients of their trajectories. With K > 1 these run on past the ends of games (end there)
-    the state that a trajectory ends in is valued with a gate drawn for that alone; the step from
-      there, in the next trajectory, draws its own (not told)
+      gradients of their rollouts. With K > 1 these run on past the ends of games (end there)
+    the state that a rollout ends in is valued with a gate drawn for that alone; the step from
+      there, in the next rollout, draws its own (not told)
     mazes: 0.05 for r, perfect mazes with a tenth of the inner walls opened, 16 filters, 128 units
       (not told); the limit of 100 steps cuts the return and bootstraps (not told)
     Atari: rewards clipped to [-1, 1], an episode ends with a life, four screens (not told)
@@ -40,11 +42,13 @@ Departures: ours (the paper's)
       nine tenths to learn, the rest to test (not told); noise and baselines are ours; no GPU
 
 Symbols: A action plan, c commitment plan, column 0 of both is the present; g_t gate, 1: replan; psi
-where attention lies in time; beta what is read, xi the planner's hidden layer; z_t what is planned
-from, zeta_t features; e and b of a commitment; s, a, r, V, R as in a3c_atari.py. Algorithms S1 and
-S2, section 4 and RMSProp's eq. 1 are those of A3C (Mnih et al. 2016), the others this paper's.
+where attention lies in time, psi_c where a commitment does; mu and sigma their centres and widths,
+of the noisy channel mean and deviation; eps its noise; beta what is read, xi the planner's hidden
+layer; z_t what is planned from, zeta_t features; e and b of a commitment; a_tm1 taken in s_tm1
+gives r_t and s_t; R n-step return; V value; pi policy. Algorithms S1 and S2, section 4 and
+RMSProp's eq. 1 are those of A3C (Mnih et al. 2016), the others this paper's.
 Shapes: N steps of B sequences side by side, M of which replan; R rows of a plan (RL: one an action
-and one for V), T columns, K filters. In RL, N <= t_max steps of K games.
+and one for V), T columns, K filters. In RL, N <= t_max steps of K games; a maze has S x S cells.
 """
 
 import copy
@@ -101,9 +105,9 @@ class Args:
     maze_reward: float = 0.05  # r: -r a step, -2 r against a wall, r at the goal
     curriculum_period: int = 0  # steps until goals are one step farther, from 2; 0: goals anywhere
     env_id: str = "MsPacmanNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
-    num_workers: int = os.cpu_count() or 1  # processes that play and learn (paper: 16)
+    num_workers: int = os.cpu_count() or 1  # processes that play and learn
     envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
-    t_max: int = 40  # steps of a trajectory, at most, and of a piece of text
+    t_max: int = 40  # steps of a rollout, at most, and of a piece of text
     discount: float = 0.99  # gamma
     entropy_cost: float = 1e-3  # beta
     value_cost: float = 0.5  # factor on (R - V)^2 / 2
@@ -111,7 +115,7 @@ class Args:
     # Optimisation
     total_timesteps: int = 500_000_000  # of all workers together (text: characters)
     learning_rate: float = 0.0  # at the start; falls linearly to 0; 0: 5e-4, on text 1
-    rmsprop_decay: float = 0.99  # of the running squared gradient g
+    rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # inside the root
     max_gradient_norm: float = 0.0  # a longer gradient is scaled down to this; 0: 40, on text 0.5
     batch_size: int = 32  # text: places that are read side by side
@@ -138,7 +142,7 @@ def time_shift(plan: Tensor) -> Tensor:
 
 
 def attended_column(psi: Tensor, first: int, last: int) -> Tensor:
-    """A sigmoid's part of the way from the first column to the last: it cannot leave the plan."""
+    """A sigmoid times the way from the first column to the last: it cannot leave the plan."""
     return first + (last - first) * psi.sigmoid()
 
 
@@ -437,7 +441,7 @@ class Rollout(NamedTuple):
     r_t: Tensor  # [N, K] clipped rewards
     terminated: Tensor  # [N, K] the step ended the episode: nothing follows
     truncated: Tensor  # [N, K] the step ran into the time limit: more would have followed
-    v_t: Tensor  # [N, K] V(s_t), known where the trajectory or a truncated episode ends
+    v_t: Tensor  # [N, K] V(s_t), known where the rollout or a truncated episode ends
     state: tuple[Tensor, ...]  # of the network before the first step
 
 
@@ -491,14 +495,14 @@ def plan_costs(out: Output, args: Args) -> tuple[Tensor, dict[str, float]]:
     return args.noise_cost * out.kl + args.commitment_cost * out.c_0, watched
 
 
-def straw_loss(net: nn.Module, trajectory: Rollout, args: Args) -> tuple[Tensor, dict[str, float]]:
+def straw_loss(net: nn.Module, rollout: Rollout, args: Args) -> tuple[Tensor, dict[str, float]]:
     """A3C's loss (eq. 4) and the costs of noise and replanning; its parts, a step's mean each.
 
-    The plans, the LSTM's cells or nothing come from the trajectory before: no gradient flows there.
+    The plans, the LSTM's cells or nothing come from the rollout before: no gradient flows there.
     """
-    out = net(trajectory.seen, trajectory.state)
+    out = net(rollout.seen, rollout.state)
     logits, v = out.y[..., :-1], out.y[..., -1]
-    _, a_tm1, r_t, terminated, truncated, v_t, _ = trajectory
+    _, a_tm1, r_t, terminated, truncated, v_t, _ = rollout
     R = n_step_returns(r_t, terminated, truncated, v_t, args.discount)
     pi_loss = policy_loss(logits, a_tm1, (R - v).clamp(-1, 1))
     v_loss, entropy = value_loss(R - v), policy_entropy(logits)
@@ -574,7 +578,127 @@ def count_commitments(histogram: Tensor, part: float, g: Tensor, age: Tensor) ->
     return age
 
 
+# ---- The data -----------------------------------------------------------------------------------
+
+
+def download(url: str, path: Path, remedy: str) -> bytes:
+    """What url holds; otherwise a sentence that says what is missing and what to do."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.read()
+    except (OSError, HTTPException) as error:
+        raise SystemExit(
+            f"{path} is missing and {url} cannot be reached ({error}).\n{remedy}"
+        ) from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file with all of its content, or none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_bytes(content)
+        path.with_suffix(".part").replace(path)
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be written ({error}): change --data-dir.") from None
+
+
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_MD5 = "6fb458f1232090904fb40fe944165e91"
+
+
+def read_text(args: Args) -> str:
+    """The whole text; tinyshakespeare is downloaded if missing."""
+    if args.dataset == "pydoc" and not args.text_file:
+        return "\n".join(topics.topics[name] for name in sorted(topics.topics))
+    names = {"ptb": "ptb/ptb.train.txt", "tinyshakespeare": "tinyshakespeare/input.txt"}
+    path = Path(args.text_file or Path(args.data_dir, names[args.dataset]))
+    if args.dataset == "tinyshakespeare" and not args.text_file and not path.exists():
+        remedy = "Put it there, or use --dataset pydoc, which needs no file."
+        content = download(SHAKESPEARE_URL, path, remedy)
+        if hashlib.md5(content).hexdigest() != SHAKESPEARE_MD5:
+            raise SystemExit(f"{SHAKESPEARE_URL} did not send the text: its checksum is wrong.")
+        write_whole(path, content)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(
+            f"{path} is missing or no UTF-8 text ({error}).\nA text of yours or the Penn Treebank "
+            "has to be put there by hand; --dataset pydoc needs no file."
+        ) from None
+
+
+OTHER = "\N{REPLACEMENT CHARACTER}"  # stands for the characters that are too rare for the alphabet
+
+
+def encode(text: str) -> tuple[str, Tensor, Tensor]:
+    """An alphabet of 50 symbols, and in it nine tenths of the text to learn, [L], and the rest.
+
+    It holds the most frequent characters of what is to be learned; the last stands for all others.
+    """
+    cut = len(text) * 9 // 10
+    frequent = [character for character, _ in Counter(text[:cut]).most_common(SYMBOLS - 1)]
+    numbers = {character: i for i, character in enumerate(frequent)}
+    codes = torch.tensor([numbers.get(character, SYMBOLS - 1) for character in text])
+    return "".join(frequent).ljust(SYMBOLS, OTHER), codes[:cut], codes[cut:]
+
+
+def side_by_side(codes: Tensor, B: int) -> Tensor:
+    """B equal parts of a text as columns [L // B, B]."""
+    return codes[: len(codes) // B * B].view(B, -1).T
+
+
+def macro_actions(written: Tensor, g: Tensor, length: int) -> Counter:
+    """How often each n-gram of outputs [N, B] was all that was written between two gates g."""
+    starts = g[:-length] & g[length:]  # replans here and again after length steps
+    starts &= ~g.unfold(0, length, 1)[:-1, :, 1:].any(-1)  # and not in between
+    ngrams = written.unfold(0, length, 1)[:-1][starts]  # [n, length]
+    return Counter(map(tuple, ngrams.tolist()))
+
+
+def ngrams(codes: Tensor, length: int) -> Counter:
+    """How often each n-gram occurs in a text [L]."""
+    return Counter(zip(*(codes[i:].tolist() for i in range(length))))
+
+
+def rank_macro_actions(used: Counter, occurring: Counter, alphabet: str) -> list[tuple]:
+    """The 20 most used macro-actions and how frequent they are in a text as n-grams (figure 3c).
+
+    Rows of rank by use, string, uses, rank in the text (behind the last if none) and occurrences.
+    """
+    ranks = {ngram: i for i, (ngram, _) in enumerate(occurring.most_common(), 1)}
+    rows = []
+    for i, (ngram, uses) in enumerate(used.most_common(20), 1):
+        string = "".join(alphabet[symbol] for symbol in ngram)
+        rows.append((i, string, uses, ranks.get(ngram, len(ranks) + 1), occurring[ngram]))
+    return rows
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's; a rank is how many values lie below less how many lie above."""
+    ranks = [np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+FREQUENT = 100  # n-grams up to this rank count as frequent
+
+
+def macro_action_metrics(rows: list[tuple], length: int) -> dict[str, float]:
+    """How far the ranks agree, and the percentage of macro-actions that are frequent n-grams."""
+    if not rows:
+        return {}
+    _, _, uses, true_ranks, _ = zip(*rows)
+    frequent = sum(rank <= FREQUENT for rank in true_ranks) / len(rows)
+    metrics = {f"eval/macro_{length}_frequent": 100 * frequent}  # percent
+    if len(set(uses)) > 1 and len(set(true_ranks)) > 1:
+        agreement = rank_correlation(np.negative(uses), true_ranks)
+        metrics[f"eval/macro_{length}_rank_correlation"] = agreement
+    return metrics
+
+
 # ---- The games ----------------------------------------------------------------------------------
+
 
 MOVES = {"up": (-1, 0), "right": (0, 1), "down": (1, 0), "left": (0, -1)}  # rows, columns
 OPENED = 0.1  # part of the inner walls that are opened again: a maze with more than one way
@@ -706,7 +830,8 @@ def make_env(args: Args, training: bool = True) -> gym.Env:
     """A maze, or a game that shows its last four screens in colour, as bytes [84, 84, 12].
 
     Atari games get the preprocessing of DQN 2015; the screens of any other are only stacked.
-    When a whole game is over, info["episode"] holds its true score "r" and its frames "l".
+    When a whole game is over, info["episode"] holds its true score "r" and its frames, of a maze
+    its steps, "l".
     """
     if args.task == "maze":
         return RecordEpisodeStatistics(Maze(args.maze_size, args.maze_reward))
@@ -716,7 +841,7 @@ def make_env(args: Args, training: bool = True) -> gym.Env:
     try:
         is_atari = ":" not in env_id and "ale_py" in str(gym.spec(env_id).entry_point)
         env = gym.make(env_id, **atari) if is_atari else gym.make(env_id)
-    except (gym.error.Error, ImportError, ValueError) as error:
+    except Exception as error:  # an environment may raise anything
         nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
         raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
 
@@ -785,125 +910,6 @@ def rollouts(
         yield Rollout(Seen(*columns[:5]), *columns[5:], first_state), games
 
 
-# ---- The data -----------------------------------------------------------------------------------
-
-
-def download(url: str, path: Path, remedy: str) -> bytes:
-    """What url holds; otherwise a sentence that says what is missing and what to do."""
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            return response.read()
-    except (OSError, HTTPException) as error:
-        raise SystemExit(
-            f"{path} is missing and {url} cannot be reached ({error}).\n{remedy}"
-        ) from None
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """The file with all of its content, or none."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_bytes(content)
-        path.with_suffix(".part").replace(path)
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be written ({error}): change --data-dir.") from None
-
-
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
-SHAKESPEARE_MD5 = "6fb458f1232090904fb40fe944165e91"
-
-
-def read_text(args: Args) -> str:
-    """The whole text; tinyshakespeare is downloaded if missing."""
-    if args.dataset == "pydoc" and not args.text_file:
-        return "\n".join(topics.topics[name] for name in sorted(topics.topics))
-    names = {"ptb": "ptb/ptb.train.txt", "tinyshakespeare": "tinyshakespeare/input.txt"}
-    path = Path(args.text_file or Path(args.data_dir, names[args.dataset]))
-    if args.dataset == "tinyshakespeare" and not args.text_file and not path.exists():
-        remedy = "Put it there, or use --dataset pydoc, which needs no file."
-        content = download(SHAKESPEARE_URL, path, remedy)
-        if hashlib.md5(content).hexdigest() != SHAKESPEARE_MD5:
-            raise SystemExit(f"{SHAKESPEARE_URL} did not send the text: its checksum is wrong.")
-        write_whole(path, content)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(
-            f"{path} is missing or no UTF-8 text ({error}).\nA text of yours or the Penn Treebank "
-            "has to be put there by hand; --dataset pydoc needs no file."
-        ) from None
-
-
-OTHER = "\N{REPLACEMENT CHARACTER}"  # stands for the characters that are too rare for the alphabet
-
-
-def encode(text: str) -> tuple[str, Tensor, Tensor]:
-    """An alphabet of 50 symbols, and in it nine tenths of the text to learn, [L], and the rest.
-
-    It holds the most frequent characters of what is to be learned; the last stands for all others.
-    """
-    cut = len(text) * 9 // 10
-    frequent = [character for character, _ in Counter(text[:cut]).most_common(SYMBOLS - 1)]
-    numbers = {character: i for i, character in enumerate(frequent)}
-    codes = torch.tensor([numbers.get(character, SYMBOLS - 1) for character in text])
-    return "".join(frequent).ljust(SYMBOLS, OTHER), codes[:cut], codes[cut:]
-
-
-def side_by_side(codes: Tensor, B: int) -> Tensor:
-    """B equal parts of a text as columns [L // B, B]."""
-    return codes[: len(codes) // B * B].view(B, -1).T
-
-
-def macro_actions(written: Tensor, g: Tensor, length: int) -> Counter:
-    """How often each n-gram of outputs [N, B] was all that was written between two gates g."""
-    starts = g[:-length] & g[length:]  # replans here and again after length steps
-    starts &= ~g.unfold(0, length, 1)[:-1, :, 1:].any(-1)  # and not in between
-    ngrams = written.unfold(0, length, 1)[:-1][starts]  # [n, length]
-    return Counter(map(tuple, ngrams.tolist()))
-
-
-def ngrams(codes: Tensor, length: int) -> Counter:
-    """How often each n-gram occurs in a text [L]."""
-    return Counter(zip(*(codes[i:].tolist() for i in range(length))))
-
-
-def rank_macro_actions(used: Counter, occurring: Counter, alphabet: str) -> list[tuple]:
-    """The 20 most used macro-actions and how frequent they are in a text as n-grams (figure 3c).
-
-    Rows of rank by use, string, uses, rank in the text (behind the last if none) and occurrences.
-    """
-    ranks = {ngram: i for i, (ngram, _) in enumerate(occurring.most_common(), 1)}
-    rows = []
-    for i, (ngram, uses) in enumerate(used.most_common(20), 1):
-        string = "".join(alphabet[symbol] for symbol in ngram)
-        rows.append((i, string, uses, ranks.get(ngram, len(ranks) + 1), occurring[ngram]))
-    return rows
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's; a rank is how many values lie below less how many lie above."""
-    ranks = [np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y)]
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-FREQUENT = 100  # n-grams up to this rank count as frequent
-
-
-def macro_action_metrics(rows: list[tuple], length: int) -> dict[str, float]:
-    """How far the ranks agree, and the percentage of macro-actions that are frequent n-grams."""
-    if not rows:
-        return {}
-    _, _, uses, true_ranks, _ = zip(*rows)
-    frequent = sum(rank <= FREQUENT for rank in true_ranks) / len(rows)
-    metrics = {f"eval/macro_{length}_frequent": 100 * frequent}
-    if len(set(uses)) > 1 and len(set(true_ranks)) > 1:
-        agreement = rank_correlation(np.negative(uses), true_ranks)
-        metrics[f"eval/macro_{length}_rank_correlation"] = agreement
-    return metrics
-
-
 # ---- Evaluation and training --------------------------------------------------------------------
 
 
@@ -922,7 +928,8 @@ def whole_games(
     last infos of those that it ended. watch() is called every step.
     """
     K, playing = len(envs), list(range(len(envs)))
-    generator, seeds = torch.Generator().manual_seed(seed), independent_seeds(K, seed)
+    seeds = independent_seeds(K + 1, seed)
+    generator = torch.Generator().manual_seed(seeds.pop())
     s = torch.from_numpy(np.stack([env.reset(seed=i)[0] for env, i in zip(envs, seeds)]))
     a, fresh, state = torch.zeros(K).long(), torch.ones(K).bool(), net.initial_state(K)
     while playing:
@@ -953,15 +960,16 @@ def evaluate(
             steps += len(playing)
             replans += seen.g[playing].sum().item()
     scores = [game["episode"]["r"] for game in games]
+    lengths = [game["episode"]["l"] for game in games]  # frames, in mazes steps
     metrics = {
         "eval/episodic_return": float(np.mean(scores)),
         "eval/episodic_return_std": float(np.std(scores)),
-        "eval/episodic_length": float(np.mean([game["episode"]["l"] for game in games])),
+        "eval/episodic_length": float(np.mean(lengths)),
         "eval/committed": 100 * (1 - replans / steps),  # percent of the steps
     }
     if args.task == "maze":
         metrics["eval/optimal_return"] = float(np.mean([game["optimal"] for game in games]))
-        metrics["eval/solved"] = 100 * float(np.mean([game["solved"] for game in games]))
+        metrics["eval/solved"] = 100 * float(np.mean([game["solved"] for game in games]))  # percent
     return metrics
 
 
@@ -1077,13 +1085,13 @@ def draw_macro_actions(tables: dict[int, list[tuple]], path: Path) -> None:
 
 
 def update(
-    net: nn.Module, optimizer: SharedRMSProp, trajectory: Rollout, learning_rate: float, args: Args
+    net: nn.Module, optimizer: SharedRMSProp, rollout: Rollout, learning_rate: float, args: Args
 ) -> dict[str, float]:
-    """Move the shared parameters by the gradient that net, a copy of them, has on a trajectory.
+    """Move the shared parameters by the gradient that net, a copy of them, has on a rollout.
 
     A gradient that is not finite moves nothing; the norm returned tells.
     """
-    loss, watched = straw_loss(net, trajectory, args)
+    loss, watched = straw_loss(net, rollout, args)
     gradients, norm = gradients_of(loss, net, args.max_gradient_norm)
     if math.isfinite(norm):
         optimizer.step(gradients, learning_rate)
@@ -1091,6 +1099,7 @@ def update(
 
 
 def make_policy(args: Args) -> nn.Module:
+    """The network of --model for the task's images and actions."""
     env = make_env(args)
     kind = StrawPolicy if args.model in ("straw", "strawe") else BaselinePolicy
     return kind(env.action_space.n, env.observation_space.shape, args)
@@ -1106,7 +1115,7 @@ def worker(
     T,
     log,
 ) -> None:
-    """One actor-learner; it reports by putting (tag, value, step) on log."""
+    """One actor-learner (algorithm S2); it reports by putting (tag, value, step) on log."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is a matter for the main process
     main_process, updates = mp.parent_process(), 0
@@ -1120,20 +1129,20 @@ def worker(
     while T.value < args.total_timesteps and main_process.is_alive():
         set_curriculum(envs, args, T.value)
         copy_parameters(shared, net)
-        trajectory, games = next(played)
+        rollout, games = next(played)
         with T.get_lock():
-            step = T.value = T.value + trajectory.r_t.numel()
+            step = T.value = T.value + rollout.r_t.numel()
         learning_rate = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
-        watched = update(net, optimizer, trajectory, learning_rate, args)
-        age = count_commitments(histogram, step / args.total_timesteps, trajectory.seen.g, age)
+        watched = update(net, optimizer, rollout, learning_rate, args)
+        age = count_commitments(histogram, step / args.total_timesteps, rollout.seen.g, age)
 
-        for info in games:
+        for info in games:  # "l" in frames, in mazes steps
             log.put(("charts/episodic_return", float(info["episode"]["r"]), step))
             log.put(("charts/episodic_length", float(info["episode"]["l"]), step))
             if "optimal" in info:
                 log.put(("charts/optimal_return", float(info["optimal"]), step))
         updates += 1
-        if updates % 100 == 1 or not math.isfinite(watched["losses/gradient_norm"]):
+        if updates % 100 == 0 or not math.isfinite(watched["losses/gradient_norm"]):
             for tag, value in watched.items():
                 log.put((tag, value, step))
 
@@ -1163,23 +1172,22 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         for name in shaping:
             theirs, ours = checkpoint["args"][name], getattr(args, name)
             if theirs != ours:
-                raise SystemExit(f"{path} was made with {name}={theirs}, not with {name}={ours}.")
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(f"{path} was made with {flag} {theirs}, not with {flag} {ours}.")
         net.load_state_dict(checkpoint["net"])
     except Exception as error:  # whatever bytes that are no checkpoint make torch.load raise
         kind = type(error).__name__
         raise SystemExit(
-            f"{path} is missing, damaged or no checkpoint for this ({kind})."
+            f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
     return checkpoint
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    if args.resume:
-        return Path(args.resume).parent
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    if (run_dir / "checkpoint.pt").exists():
+    run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+    if not args.resume and (run_dir / "checkpoint.pt").exists():
         raise SystemExit(
             f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
             "another --run-dir begins anew."
@@ -1188,11 +1196,14 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "metrics.csv").touch()
     except OSError as error:
-        raise SystemExit(f"{run_dir} cannot be made ({error}): choose another --run-dir.") from None
+        raise SystemExit(
+            f"{run_dir} cannot be written to ({error}): choose another folder."
+        ) from None
     return run_dir
 
 
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum", "eval_epsilon")
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
 
 def check(args: Args) -> None:
@@ -1204,10 +1215,30 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
+    if getattr(args, "rmsprop_eps", 1) == 0:
+        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
     if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+
+
+def check_flags(args: Args) -> None:
+    """Refuse combinations of flags that no run can have."""
+    if args.maze_size % 2 == 0 or args.maze_size < 5:
+        raise SystemExit(f"--maze-size must be odd and at least 5, not {args.maze_size}.")
+    if args.plan_length < max(8, args.plan_filters):
+        raise SystemExit(
+            f"--plan-length must be at least 8 and at least --plan-filters, not {args.plan_length}."
+        )
+    if args.maze_reward > 0.5:
+        raise SystemExit(
+            f"--maze-reward must be at most 0.5, where clipping begins, not {args.maze_reward}."
+        )
+    if args.curriculum_period and args.total_timesteps > 10_000 * args.curriculum_period:
+        raise SystemExit("--curriculum-period is too short: walks would be 10,000 steps and more.")
+    if args.replan != "learned" and args.model in ("lstm", "ff"):
+        raise SystemExit(f"--model {args.model} has no plan: leave --replan out.")
 
 
 def drain(log, recent: dict[str, list[float]]) -> None:
@@ -1216,8 +1247,8 @@ def drain(log, recent: dict[str, list[float]]) -> None:
         tag, value, step = log.get()
         if not math.isfinite(value):
             raise SystemExit(
-                f"{tag} is {value} at step {step}: the run stops. The checkpoint in its folder is "
-                "from before; a smaller --learning-rate often helps."
+                f"{tag} is {value} at step {step}: the run stops. The last checkpoint is the one "
+                "before; a smaller --learning-rate often helps."
             )
         recent[tag].append(value)
 
@@ -1334,12 +1365,13 @@ def run_games(args: Args) -> dict[str, float]:
     return supervise(worker, arguments, args, T, log, writer, start["seconds"], save, evaluate_now)
 
 
-def stopped(run_dir: str | Path) -> SystemExit:
-    """What Ctrl-C ends with."""
+def stopped(run_dir: str | Path, finished: bool = False) -> SystemExit:
+    """What Ctrl-C ends with, finished: when nothing is left but the last evaluation."""
     path = Path(run_dir, "checkpoint.pt")
     if not path.exists():
         return SystemExit("Stopped before the first checkpoint.")
-    return SystemExit(f"Stopped; go on with the same flags and --resume {path}")
+    way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+    return SystemExit(f"Stopped; {way} {path}")
 
 
 @torch.no_grad()
@@ -1365,7 +1397,7 @@ def evaluate_text(
     g, written = torch.cat(gates), torch.cat(written)
     metrics = {
         "eval/bits_per_character": nll / math.log(2) / g.numel(),
-        "eval/committed": 100 * (1 - g.float().mean().item()),
+        "eval/committed": 100 * (1 - g.float().mean().item()),  # percent of the steps
     }
     if not net.straw:
         return metrics
@@ -1416,8 +1448,9 @@ def run_text(args: Args) -> dict[str, float]:
     age = start.get("age", torch.zeros(B, dtype=torch.long))
     step, seconds = start["T"], start["seconds"]
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     last_step, last_time, log, recent = step, time.perf_counter(), SimpleQueue(), defaultdict(list)
+    finished = False
     bar = tqdm(total=args.total_timesteps, initial=step, unit="character", disable=None)
     try:
         while step < args.total_timesteps:
@@ -1451,29 +1484,11 @@ def run_text(args: Args) -> dict[str, float]:
             report(writer, step, metrics)
             recent, last_step, last_time = defaultdict(list), step, time.perf_counter()
     except KeyboardInterrupt:
-        raise stopped(run_dir) from None
+        raise stopped(run_dir, finished) from None
     finally:
         bar.close()
         writer.close()
     return metrics
-
-
-def check_flags(args: Args) -> None:
-    """Combinations of flags that no run can have."""
-    if args.maze_size % 2 == 0 or args.maze_size < 5:
-        raise SystemExit(f"--maze-size must be odd and at least 5, not {args.maze_size}.")
-    if args.plan_length < max(8, args.plan_filters):
-        raise SystemExit(
-            f"--plan-length must be at least 8 and at least --plan-filters, not {args.plan_length}."
-        )
-    if args.maze_reward > 0.5:
-        raise SystemExit("--maze-reward must be at most 0.5: rewards are clipped to [-1, 1].")
-    if args.rmsprop_eps == 0:
-        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
-    if args.curriculum_period and args.total_timesteps > 10_000 * args.curriculum_period:
-        raise SystemExit("--curriculum-period is too short: walks would be 10,000 steps and more.")
-    if args.replan != "learned" and args.model in ("lstm", "ff"):
-        raise SystemExit(f"--model {args.model} has no plan: leave --replan out.")
 
 
 def with_defaults(args: Args) -> Args:
@@ -1483,18 +1498,26 @@ def with_defaults(args: Args) -> Args:
     return replace(args, learning_rate=given[0], max_gradient_norm=given[1])
 
 
+def run(args: Args) -> dict[str, float]:
+    """Train, or evaluate a checkpoint."""
+    torch.set_num_threads(1)  # the cores are the workers'; text, too, is learned with one thread
+    torch.manual_seed(args.seed)
+    args = with_defaults(args)
+    return run_text(args) if args.task == "text" else run_games(args)
+
+
 def main(args: Args) -> dict[str, float]:
     check(args)
     check_flags(args)
-    torch.set_num_threads(1)  # the cores are the workers'
-    torch.manual_seed(args.seed)
-    args = with_defaults(args)
     try:
-        return run_text(args) if args.task == "text" else run_games(args)
-    except KeyboardInterrupt:  # in an evaluation
+        return run(args)
+    except KeyboardInterrupt:  # before or after training
         raise SystemExit("Stopped.") from None
     except OSError as error:
-        raise SystemExit(f"Nothing can be written there ({error}): use another folder.") from None
+        path = Path(error.filename or "")
+        if not error.filename or not args.evaluate or path.parent != Path(args.evaluate).parent:
+            raise
+        raise SystemExit(f"{path} cannot be written ({error}): use another folder.") from None
 
 
 if __name__ == "__main__":

@@ -637,7 +637,7 @@ def test_learns_on_from_where_it_stopped(tmp_path):
         a3c_atari.main(rested)
 
 
-def test_learns_nothing_from_a_crashing_game_and_says_so(tmp_path):
+def test_bad_input_a_game_that_crashes_ends_the_run(tmp_path):
     start = time.perf_counter()
     args = dataclasses.replace(Args(**TOY), env_id="toy_games:Crashing-v0", run_dir=str(tmp_path))
     with pytest.raises(mp.ProcessRaisedException, match="ZeroDivisionError"):
@@ -650,7 +650,7 @@ def test_bad_input_a_checkpoint_of_another_games_actions(tmp_path):
     net, args = ActorCritic(3, "small", lstm=False), Args(**TOY)
     path = tmp_path / "checkpoint.pt"
     a3c_atari.save_checkpoint(path, net=net.state_dict(), args=dataclasses.asdict(args))
-    with pytest.raises(SystemExit, match="no checkpoint for this"):
+    with pytest.raises(SystemExit, match="no checkpoint of this script"):
         a3c_atari.main(dataclasses.replace(args, evaluate=str(path)))
 
 
@@ -748,6 +748,15 @@ def test_command_line_breakout(tmp_path):
 # ---- Bad input ----------------------------------------------------------------------------------
 
 
+def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(a3c_atari, "make_env", interrupted)
+    with pytest.raises(SystemExit, match=r"^Stopped\.$"):
+        a3c_atari.main(Args(**TOY))
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -765,7 +774,8 @@ def test_command_line_breakout(tmp_path):
         ({"learning_rate": math.nan}, "--learning-rate must lie between 0"),
         ({"seed": 10**30}, "--seed must lie between 0"),
         ({"env_id": "a:b:c"}, "There is no game a:b:c"),
-        ({"run_dir": "good.pt/x"}, "cannot be made.*choose another --run-dir"),
+        ({"env_id": "toy_games:Broken-v0"}, "There is no game toy_games:Broken-v0: no screen"),
+        ({"run_dir": "good.pt/x"}, "cannot be written to.*choose another folder"),
         ({"run_dir": "used"}, "holds a run already"),
         ({"resume": "a.pt", "evaluate": "b.pt"}, "pass one of them"),
         ({"resume": "a.pt", "run_dir": "b"}, "leave --run-dir out"),
@@ -774,12 +784,12 @@ def test_command_line_breakout(tmp_path):
         ({"evaluate": "foreign.pt"}, "foreign.pt is missing, damaged or no checkpoint"),
         (
             {"evaluate": "good.pt", "network": "large"},
-            "made with network=small, not with network=large",
+            "made with --network small, not with --network large",
         ),
-        ({"resume": "good.pt", "lstm": True}, "made with lstm=False, not with lstm=True"),
+        ({"resume": "good.pt", "lstm": True}, "made with --lstm False, not with --lstm True"),
         (
             {"resume": "good.pt", "env_id": "PongNoFrameskip-v4"},
-            "made with env_id=toy_games:Side-v0, not with env_id=PongNoFrameskip-v4",
+            "made with --env-id toy_games:Side-v0, not with --env-id PongNoFrameskip-v4",
         ),
     ],
 )

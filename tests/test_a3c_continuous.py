@@ -222,7 +222,7 @@ def test_math_defaults_are_the_papers():
     args = Args()
     assert (args.t_max, args.discount, args.entropy_cost) == (0, 0.99, 1e-4)
     assert args.reward_scale == 0.01
-    assert (args.rmsprop_decay, args.rmsprop_eps, args.max_gradient_norm) == (0.99, 0.1, 40)
+    assert (args.rmsprop_decay, args.rmsprop_eps, args.max_gradient_norm) == (0.99, 1e-7, 40)
 
 
 # ---- Gradients ----------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def test_learns_to_balance(tmp_path, monkeypatch):
     assert metrics["eval/episodic_return"] > 500
 
 
-def test_learns_nothing_from_a_crashing_environment_and_says_so(tmp_path):
+def test_bad_input_an_environment_that_crashes_ends_the_run(tmp_path):
     args = Args(**TOY | {"env_id": "test_a3c_continuous:CrashingAim-v0"}, run_dir=str(tmp_path))
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="ZeroDivisionError"):
         a3c_continuous.main(args)
@@ -543,6 +543,15 @@ def test_command_line(tmp_path):
 # ---- Bad input ----------------------------------------------------------------------------------
 
 
+def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(a3c_continuous, "make_env", interrupted)
+    with pytest.raises(SystemExit, match=r"^Stopped\.$"):
+        a3c_continuous.main(Args(**TOY))
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -560,12 +569,15 @@ def test_command_line(tmp_path):
         ({"t_max": -1}, "--t-max must lie between 0"),
         ({"discount": 1.01}, "--discount must lie between 0 and 1, not at 1.01"),
         ({"learning_rate": math.nan}, "--learning-rate must lie between 0"),
-        ({"run_dir": "good.pt/x"}, "cannot be made.*choose another --run-dir"),
+        ({"run_dir": "good.pt/x"}, "cannot be written to.*choose another folder"),
         ({"resume": "a.pt", "evaluate": "b.pt"}, "pass one of them"),
         ({"resume": "missing.pt"}, "missing.pt is missing, damaged or no checkpoint"),
         ({"evaluate": "damaged.pt"}, "damaged.pt is missing, damaged or no checkpoint"),
-        ({"evaluate": "good.pt", "pixels": True}, "made with pixels=False, not with pixels=True"),
-        ({"resume": "good.pt", "env_id": "Pendulum-v1"}, "not with env_id=Pendulum-v1"),
+        (
+            {"evaluate": "good.pt", "pixels": True},
+            "made with --pixels False, not with --pixels True",
+        ),
+        ({"resume": "good.pt", "env_id": "Pendulum-v1"}, "not with --env-id Pendulum-v1"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):

@@ -527,7 +527,7 @@ def test_learns_which_door_and_goes_on(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(after["g"], before["g"]))
 
 
-def test_learns_nothing_from_a_crashing_environment_and_says_so(tmp_path):
+def test_bad_input_an_environment_that_crashes_ends_the_run(tmp_path):
     args = Args(**TOY | {"env_id": "test_a3c_maze:CrashingDoors-v0"}, run_dir=str(tmp_path))
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="ZeroDivisionError"):
         a3c_maze.main(args)
@@ -567,6 +567,15 @@ def test_command_line(tmp_path, maze):
 # ---- Bad input ----------------------------------------------------------------------------------
 
 
+def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(a3c_maze, "make_env", interrupted)
+    with pytest.raises(SystemExit, match=r"^Stopped\.$"):
+        a3c_maze.main(Args(**TOY))
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -580,14 +589,17 @@ def test_command_line(tmp_path, maze):
         ({"num_apples": 0}, "--num-apples must lie between 1"),
         ({"episode_steps": -3}, "--episode-steps must lie between 1"),
         ({"discount": 1.01}, "--discount must lie between 0 and 1, not at 1.01"),
-        ({"run_dir": "good.pt/x"}, "cannot be made.*choose another --run-dir"),
+        ({"run_dir": "good.pt/x"}, "cannot be written to.*choose another folder"),
         ({"resume": "a.pt", "evaluate": "b.pt"}, "pass one of them"),
         ({"resume": "missing.pt"}, "missing.pt is missing, damaged or no checkpoint"),
         ({"evaluate": "damaged.pt"}, "damaged.pt is missing, damaged or no checkpoint"),
-        ({"resume": "good.pt"}, "made with plain=False, not with plain=True"),
-        ({"evaluate": "good.pt"}, "made with plain=False, not with plain=True"),
-        ({"resume": "apple.pt"}, "made with num_apples=1, not with num_apples=4"),
+        ({"resume": "good.pt"}, "made with --plain False, not with --plain True"),
+        ({"evaluate": "good.pt"}, "made with --plain False, not with --plain True"),
+        ({"resume": "apple.pt"}, "made with --num-apples 1, not with --num-apples 4"),
         ({"random_walk": True}, "--random-walk is for evaluations: pass --evaluate, too"),
+        ({"num_apples": 3}, "are for the task with apples: leave --plain out"),
+        ({"episode_steps": 3}, "are for the task with apples: leave --plain out"),
+        ({"action_repeat": 3}, "are for the task with apples: leave --plain out"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):

@@ -167,7 +167,7 @@ def test_math_exploration_falls_linearly_from_1():
     expected = {0: [1, 1, 1], 500: [0.55, 0.505, 0.75], 1000: final, 9999: final}
     for T, epsilon in expected.items():
         epsilon = torch.as_tensor(epsilon, dtype=torch.float32)
-        torch.testing.assert_close(async_nstep_q.annealed(final, T, 1000), epsilon)
+        torch.testing.assert_close(async_nstep_q.exploration_rate(T, final, 1000), epsilon)
 
 
 def test_math_final_epsilons_have_the_papers_frequencies():
@@ -551,9 +551,11 @@ def test_learns_on_from_where_it_stopped(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(after["g"], before["g"]))
     async_nstep_q.main(dataclasses.replace(on, total_timesteps=after["T"] + 1, envs_per_worker=3))
     assert torch.load(tmp_path / "checkpoint.pt")["final_epsilons"].shape == (2, 3)
+    with pytest.raises(SystemExit, match=r"is at step \d+: raise --total-timesteps"):
+        async_nstep_q.main(on)
 
 
-def test_learns_nothing_from_a_crashing_game_and_says_so(tmp_path):
+def test_bad_input_a_game_that_crashes_ends_the_run(tmp_path):
     args = dataclasses.replace(Args(**TOY), env_id="toy_games:Crashing-v0", run_dir=str(tmp_path))
     with pytest.raises(mp.ProcessRaisedException, match="ZeroDivisionError"):
         async_nstep_q.main(args)
@@ -563,22 +565,32 @@ def test_learns_nothing_from_a_crashing_game_and_says_so(tmp_path):
 # ---- Bad input ----------------------------------------------------------------------------------
 
 
+def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(async_nstep_q, "make_env", interrupted)
+    with pytest.raises(SystemExit, match=r"^Stopped\.$"):
+        async_nstep_q.main(Args(**TOY))
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         ({"env_id": "BrekoutNoFrameskip-v4"}, "There is no game.*BreakoutNoFrameskip-v4"),
         ({"env_id": "toy_games:Analogue-v0"}, "Discrete actions"),
+        ({"env_id": "toy_games:Broken-v0"}, "There is no game toy_games:Broken-v0: no screen"),
         ({"t_max": 0}, "--t-max must lie between 1"),
         ({"target_period": 0}, "--target-period must lie between 1"),
         ({"epsilon_timesteps": 0}, "--epsilon-timesteps must lie between 1"),
         ({"resume": "missing.pt"}, "missing.pt is missing, damaged or no checkpoint"),
         (
             {"resume": "good.pt", "network": "large"},
-            "made with network=small, not with network=large",
+            "made with --network small, not with --network large",
         ),
         (
             {"resume": "good.pt", "algorithm": "onestep-q"},
-            "made with algorithm=nstep-q, not with algorithm=onestep-q",
+            "made with --algorithm nstep-q, not with --algorithm onestep-q",
         ),
     ],
 )

@@ -9,8 +9,10 @@ likelihood, averaged log-probabilities, a sigma computed once, eps in the gradie
 
 import dataclasses
 import math
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,6 +27,7 @@ from bayes_by_backprop import Args, PointEstimate, Prior, WeightPosterior
 
 MIXTURE = Prior(0.25, math.exp(-1), math.exp(-6))
 TINY = {"dataset": "digits", "hidden_units": 32, "eval_samples": 3}
+BENIGN = {"task": "bandit", "bandit_data": "breast-cancer", "dataset": "mnist"}
 
 
 def mixture(prior):
@@ -169,7 +172,7 @@ def test_math_the_step_descends_the_cost_by_the_batch_size():
     weights = PointEstimate((2, 3, 1))
     before = weights.w.detach().clone()
     args = Args(optimizer="sgd", learning_rate=0.1)
-    optimizer = bbb.optimizer_of(weights, args)
+    optimizer = bbb.make_optimizer(weights, args)
     error = bbb.update(weights, optimizer, lambda w: w.sum(), 1.0, 5, MIXTURE, 1)
     torch.testing.assert_close(weights.w.detach(), before - 0.1 / 5)
     assert weights.sample(MIXTURE)[1] == 0 and error == pytest.approx(before.sum().item(), rel=1e-4)
@@ -179,7 +182,7 @@ def test_math_the_step_descends_the_cost_by_the_batch_size():
 def test_gradient_of_a_step_has_both_terms_of_the_cost():
     weights, args = WeightPosterior((4, 3, 2), -1.0), Args(optimizer="sgd", learning_rate=0.1)
     before = [p.detach().clone() for p in (weights.mu, weights.rho)]
-    optimizer, cost = bbb.optimizer_of(weights, args), (lambda w: w.square().sum(), 0.3)
+    optimizer, cost = bbb.make_optimizer(weights, args), (lambda w: w.square().sum(), 0.3)
     torch.manual_seed(0)
     kl, error = bbb.minibatch_cost(weights, *cost, MIXTURE, 2)
     d_mu, d_rho = torch.autograd.grad(kl + error, (weights.mu, weights.rho))
@@ -386,12 +389,12 @@ def without_times(metrics):
     return {k: v for k, v in metrics.items() if k not in ("charts/SPS", "charts/minutes")}
 
 
-def test_the_rate_is_the_tasks_own_unless_it_is_given():
-    assert bbb.learning_rate_of(Args()) == 1e-3
-    assert bbb.learning_rate_of(Args(), 3) == pytest.approx(1e-3 * 0.96**2)
-    assert bbb.learning_rate_of(Args(task="bandit")) == 1e-5
+def test_learns_at_the_tasks_own_rate_unless_one_is_given():
+    assert bbb.learning_rate_at(1, Args()) == 1e-3
+    assert bbb.learning_rate_at(3, Args()) == pytest.approx(1e-3 * 0.96**2)
+    assert bbb.learning_rate_at(1, Args(task="bandit")) == 1e-5
     given = Args(task="bandit", learning_rate=0.1)
-    assert bbb.optimizer_of(WeightPosterior((4, 2), -1.0), given).param_groups[0]["lr"] == 0.1
+    assert bbb.make_optimizer(WeightPosterior((4, 2), -1.0), given).param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("method", ["bbb", "sgd", "dropout"])
@@ -446,6 +449,7 @@ def test_learns_what_to_eat_and_goes_on_bit_for_bit(agent, tmp_path):
     bbb.main(half)
     path = str(tmp_path / "half" / "checkpoint.pt")
     assert without_times(bbb.main(dataclasses.replace(args, resume=path))) == without_times(metrics)
+    assert metrics["charts/SPS"] > 0 and metrics["charts/learning_rate"] == 3e-3
     assert metrics["charts/regret"] < 200  # expected of leaving all: 220, of a random agent: 306
     assert metrics["eval/edible_left"] + metrics["eval/poisonous_eaten"] < 30  # eating all: 37
     evaluated = bbb.main(dataclasses.replace(args, evaluate=path))
@@ -471,7 +475,8 @@ def test_math_shares_of_a_run_sum_to_one_in_an_epoch(task, weighting, tmp_path, 
         return update(weights, optimizer, error, pi_i, *rest)
 
     monkeypatch.setattr(bbb, "update", noting)
-    args = Args(**TINY, task=task, epochs=1, kl_weighting=weighting, run_dir=str(tmp_path))
+    args = Args(task=task, epochs=1, kl_weighting=weighting, run_dir=str(tmp_path), hidden_units=32)
+    args = dataclasses.replace(args, dataset="digits" if task == "mnist" else "mnist")
     bbb.main(dataclasses.replace(args, bandit_data="breast-cancer", interactions=1))
     assert math.fsum(shares) == pytest.approx(1, abs=1e-9) and len(shares) in (8, 10, 64)
     assert (shares[0] >= 0.5) == (weighting == "blundell")
@@ -576,12 +581,16 @@ def test_math_regressions_likelihood_has_the_noise_as_a_deviation(tmp_path, monk
     torch.testing.assert_close(torch.stack(errors), torch.full((4,), 500 / (2 * 0.2**2)))
 
 
-def test_regression_goes_on_bit_for_bit(tmp_path):
+def test_learns_regression_and_goes_on_bit_for_bit(tmp_path):
     args = Args(task="regression", hidden_units=8, epochs=4)
     whole = bbb.main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
     bbb.main(dataclasses.replace(args, epochs=2, run_dir=str(tmp_path / "half")))
     path = str(tmp_path / "half" / "checkpoint.pt")
-    assert bbb.main(dataclasses.replace(args, resume=path)) == whole
+    torch.save(torch.load(path) | {"seconds": 6000.0}, path)
+    resumed = bbb.main(dataclasses.replace(args, resume=path))
+    assert without_times(resumed) == without_times(whole)
+    assert 100 < resumed["charts/minutes"] < 101 and resumed["charts/SPS"] > 0
+    assert resumed["charts/learning_rate"] == 1e-3
 
 
 def test_math_cuts_in_the_drawing_are_those_of_pruning(tmp_path, monkeypatch):
@@ -604,35 +613,77 @@ def test_math_cuts_in_the_drawing_are_those_of_pruning(tmp_path, monkeypatch):
     "flags, sentence",
     [
         ({"data_dir": "nowhere", "dataset": "mnist"}, "--dataset digits"),
-        ({"data_dir": "nowhere", "task": "bandit"}, "--bandit-data breast-cancer"),
+        (
+            {"data_dir": "nowhere", "task": "bandit", "dataset": "mnist"},
+            "use --bandit-data breast-cancer",
+        ),
+        (
+            {"run_dir": "used", "data_dir": "nowhere", "dataset": "mnist"},
+            "used holds a run already",
+        ),
         ({"batch_size": 0}, "--batch-size must lie"),
-        ({"prior_pi": 1.0}, "--prior-pi must lie between 0 and 1"),
-        ({"prior_sigma_2": 1.1}, "--prior-sigma-2 above 0 and not above the first"),
+        ({"prior_pi": 1.0}, "--prior-pi must lie between 0 and 1, not at 1.0"),
+        (
+            {"prior_sigma_2": 1.1},
+            "--prior-sigma-2 must be .* at most --prior-sigma-1, 1.0, not 1.1",
+        ),
+        ({"prior": "gaussian", "prior_sigma_1": 0.0}, "--prior-sigma-1 must be above .* not 0.0"),
+        ({"task": "regression"}, "--dataset is for --task mnist"),
+        ({"sgd_momentum": 0.9}, "--sgd-momentum is for --optimizer sgd"),
         ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
         ({"task": "bandit", "method": "sgd"}, "--method is for --task mnist"),
         ({"agent": "greedy"}, "--agent is for --task bandit"),
-        ({"task": "bandit", "device": "cuda"}, "runs on one core"),
-        ({"evaluate": "x.pt", "task": "bandit", "bandit_data": "breast-cancer"}, "x.pt is missing"),
-        ({"rho_init": 1e30}, "loss is (nan|inf) in step 1 of epoch 1"),
+        ({"task": "bandit", "device": "cuda", "dataset": "mnist"}, "runs on one core"),
+        ({"evaluate": "x.pt", **BENIGN}, "x.pt is missing"),
     ],
 )
-def test_bad_input(flags, sentence, tmp_path, monkeypatch):
+def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr(bbb.urllib.request, "urlopen", unreachable)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=sentence):
+    Path("used").mkdir()
+    Path("used/checkpoint.pt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
         bbb.main(Args(**{**TINY, "epochs": 1, **flags}))
+    assert isinstance(stop.value.code, str)  # so the exit code is 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "where"),
+    [({}, "in step 1 of epoch 1"), ({**BENIGN, "report_every": 1}, "after mushroom 1")],
+)
+def test_bad_input_a_loss_that_is_no_number_stops_the_run(flags, where, tmp_path):
+    args = Args(**{**TINY, **flags}, epochs=1, rho_init=1e30, run_dir=str(tmp_path))
+    with pytest.raises(bbb.Diverged, match=rf"loss is (nan|inf) {where}: the run stops"):
+        bbb.main(args)
+
+
+@pytest.mark.parametrize(
+    ("at", "sentence"),
+    [
+        ("load_digits", r"^Stopped\.$"),
+        ("update", r"^Stopped before the first checkpoint\.$"),
+        ("report", r"^Stopped; go on with the same flags and --resume .*checkpoint\.pt$"),
+    ],
+)
+def test_bad_input_a_signal_ends_a_run_in_one_sentence(at, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr(bbb, at, lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit, match=sentence):
+        bbb.main(Args(**TINY, epochs=2, run_dir=str(tmp_path / "run")))
+    assert (tmp_path / "run").exists() == (at != "load_digits")
 
 
 def test_bad_input_other_method(tmp_path):
     args = Args(**TINY, epochs=1, run_dir=str(tmp_path))
     bbb.main(args)
     checkpoint = str(tmp_path / "checkpoint.pt")
-    with pytest.raises(SystemExit, match="was made with method=bbb, not with method=sgd"):
+    with pytest.raises(SystemExit, match="was made with --method bbb, not with --method sgd"):
         bbb.main(dataclasses.replace(args, method="sgd", evaluate=checkpoint))
-    with pytest.raises(SystemExit, match=r"learning_rate=0\.0, not with learning_rate=0\.01"):
+    with pytest.raises(SystemExit, match=r"--learning-rate 0\.0, not with --learning-rate 0\.01"):
         bbb.main(dataclasses.replace(args, learning_rate=0.01, resume=checkpoint, run_dir=""))
     with pytest.raises(SystemExit, match="raise --epochs"):
         bbb.main(dataclasses.replace(args, resume=checkpoint, run_dir=""))

@@ -7,8 +7,10 @@ independent statistics per path, an evaluation with dropout.
 
 import dataclasses
 import itertools
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -871,19 +873,49 @@ def test_math_drawn_answers_of_digits_and_galaxies(tmp_path):
         ({"variant": "roll-half"}, "is a network of --dataset buildings alone"),
         ({"variant": "roll-dense", "dataset": "buildings"}, "has no dense layer"),
         ({"image_size": 14}, "--image-size is for plankton"),
-        ({"batch_size": 30}, "must be a multiple of 4"),
+        ({"image_size": 40, "dataset": "buildings"}, "even and above 40 for buildings, not 40"),
+        ({"batch_size": 30}, "must be a multiple of 4, for the four paths, not 30"),
         ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
-        ({"learning_rate": 1e9}, "loss is (nan|inf) in step"),
+        (
+            {"run_dir": "used", "data_dir": "nowhere", "dataset": "rotated-mnist"},
+            "used holds a run already",
+        ),
     ],
 )
-def test_bad_input(flags, sentence, tmp_path, monkeypatch):
+def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr(cyclic.urllib.request, "urlopen", unreachable)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=sentence):
+    Path("used").mkdir()
+    Path("used/checkpoint.pt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
         cyclic.main(Args(**{**TINY, **flags}))
+    assert isinstance(stop.value.code, str)  # so the exit code is 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_input_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    with pytest.raises(cyclic.Diverged, match=r"loss is (nan|inf) in step \d+ of epoch 1"):
+        cyclic.main(Args(**TINY, learning_rate=1e9, run_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("at", "sentence"),
+    [
+        ("load_rotated", r"^Stopped\.$"),
+        ("update", r"^Stopped before the first checkpoint\.$"),
+        ("report", r"^Stopped; go on with the same flags and --resume .*checkpoint\.pt$"),
+    ],
+)
+def test_bad_input_a_signal_ends_a_run_in_one_sentence(at, sentence, tmp_path, monkeypatch):
+    use(monkeypatch, small("digits"))
+    monkeypatch.setattr(cyclic, at, lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit, match=sentence):
+        cyclic.main(Args(**TINY, run_dir=str(tmp_path / "run")))
+    assert (tmp_path / "run").exists() == (at != "load_rotated")
 
 
 def test_math_the_drawn_aerial_picture_is_the_part_that_is_labelled(tmp_path, monkeypatch):
@@ -904,9 +936,16 @@ def test_bad_input_sizes_and_other_variants(tmp_path, monkeypatch):
     args = Args(**TINY | {"epochs": 1}, run_dir=str(tmp_path / "run"))
     cyclic.main(args)
     checkpoint = str(tmp_path / "run" / "checkpoint.pt")
-    with pytest.raises(SystemExit, match="was made with variant=pool, not with variant=half"):
+    with pytest.raises(SystemExit, match="was made with --variant pool, not with --variant half"):
         cyclic.main(dataclasses.replace(args, variant="half", evaluate=checkpoint))
-    with pytest.raises(SystemExit, match="raise --epochs"):
+    changes = {"seed": 2, "batch_size": 64, "learning_rate": 0.5, "weight_decay": 0.5}
+    changes["bfloat16"] = True
+    assert changes.keys() == set(cyclic.KEPT)
+    for name, value in changes.items():
+        with pytest.raises(SystemExit, match=f"was made with --{name.replace('_', '-')} "):
+            cyclic.main(dataclasses.replace(args, **{name: value}, resume=checkpoint))
+    torch.save(torch.load(checkpoint) | {"epoch": 3}, checkpoint)
+    with pytest.raises(SystemExit, match="has had 3 epochs: raise --epochs"):
         cyclic.main(dataclasses.replace(args, resume=checkpoint, run_dir=""))
 
 

@@ -84,12 +84,12 @@ def random_steps(count: int, seed: int = 0, length: int = 10) -> np.ndarray:
 def test_math_targets_are_those_of_a_loop():
     torch.manual_seed(0)
     net, batch = DeepQNetwork(4), random_minibatch()
-    y = gorila_dqn.dqn_targets(net, batch, discount=0.9)
-    q = net(batch.s_t).tolist()
-    assert not y.requires_grad and batch.r_t.abs().max() > 1
+    q = net(batch.s_t)
+    y = gorila_dqn.dqn_targets(batch.r_t, batch.terminated.float(), q, discount=0.9)
+    q = q.tolist()
     assert 0 < batch.terminated.sum() < 6
     for b in range(6):
-        expected = min(1.0, max(-1.0, batch.r_t[b].item()))
+        expected = batch.r_t[b].item()
         if not batch.terminated[b]:
             expected += 0.9 * max(q[b])
         assert y[b].item() == pytest.approx(expected, abs=1e-5)
@@ -125,7 +125,8 @@ def test_math_exploration_falls_linearly_with_the_updates():
     args = Args(epsilon_updates=1000, final_epsilon=0.1)
     expected = {0: 1, 250: 0.775, 500: 0.55, 1000: 0.1, 9999: 0.1}
     for updates, epsilon in expected.items():
-        assert gorila_dqn.exploration(updates, args) == pytest.approx(epsilon)
+        found = gorila_dqn.exploration_rate(updates, args.final_epsilon, args.epsilon_updates)
+        assert found == pytest.approx(epsilon)
 
 
 def test_math_adagrad_is_that_of_a_loop_and_of_torch():
@@ -463,6 +464,21 @@ def test_math_learner_sends_versions_with_gradients_and_keeps_outliers_to_itself
     assert any(math.isnan(value) for tag, value in learner.log if tag == "losses/td_loss")
 
 
+def test_math_learner_clips_rewards_and_takes_targets_as_constants(tmp_path, monkeypatch):
+    learner, memory, _ = toy_learner(tmp_path)
+    memory.steps["r_t"] = np.where(np.arange(memory.capacity) % 2, 7, -7)
+    told, dqn_targets = [], gorila_dqn.dqn_targets
+
+    def targets(r_t, *given):
+        told.append((set(r_t.tolist()), dqn_targets(r_t, *given)))
+        return told[-1][1]
+
+    monkeypatch.setattr(gorila_dqn, "dqn_targets", targets)
+    assert learner.learn()
+    ((rewards, y),) = told
+    assert rewards == {-1, 1} and not y.requires_grad
+
+
 class Screens(ReplayMemory):
     """A memory that notes what it is given."""
 
@@ -694,18 +710,30 @@ def test_learns_on_when_a_shard_dies_and_tells_what_was_lost(no_ray, tmp_path, m
 # ---- Bad input ----------------------------------------------------------------------------------
 
 
+def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gorila_dqn, "make_env", interrupted)
+    with pytest.raises(SystemExit, match=r"^Stopped\.$"):
+        gorila_dqn.main(Args(**TOY))
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         ({"env_id": "BrekoutNoFrameskip-v4"}, "There is no game.*BreakoutNoFrameskip-v4"),
         ({"env_id": "toy_games:Analogue-v0"}, "Discrete actions"),
+        ({"env_id": "toy_games:Broken-v0"}, "There is no game toy_games:Broken-v0: no screen"),
         ({"num_actors": 0}, "--num-actors must lie between 1"),
         ({"num_shards": 0}, "--num-shards must lie between 1"),
         ({"steps_per_update": 0}, "--steps-per-update must lie between 1"),
         ({"adagrad_start": 0.0}, "--adagrad-start must be above 0"),
+        ({"optimizer": "sgd", "adagrad_start": 1.0}, "--adagrad-start is for --optimizer adagrad"),
         ({"final_epsilon": 1.5}, "--final-epsilon must lie between 0 and 1"),
         ({"num_actors": 3}, "must be equal, not 3 and 2"),
         ({"replay_capacity": 1000}, "--replay-capacity must be at least 50,000"),
+        ({"replay_capacity": 10**9}, r"up to 7067.00 GB; this machine has .* GB: lower --replay"),
         ({"ray_address": "127.0.0.1:9"}, "Ray cannot be used at 127.0.0.1:9.*ray start --head"),
         ({"ray_address": "127.0.0.1:x"}, "Ray cannot be used at 127.0.0.1:x"),
         ({"resume": "a.pt", "evaluate": "b.pt"}, "pass one of them"),
@@ -713,7 +741,7 @@ def test_learns_on_when_a_shard_dies_and_tells_what_was_lost(no_ray, tmp_path, m
         ({"evaluate": "damaged.pt"}, "damaged.pt is missing, damaged or no checkpoint"),
         (
             {"resume": "good.pt", "env_id": "PongNoFrameskip-v4"},
-            "made with env_id=toy_games:Side-v0, not with env_id=PongNoFrameskip-v4",
+            "made with --env-id toy_games:Side-v0, not with --env-id PongNoFrameskip-v4",
         ),
     ],
 )
@@ -814,6 +842,15 @@ def test_learns_the_toy_game_through_ray(tmp_path, monkeypatch):
     assert not gorila_dqn.ray.is_initialized()
     if Path("/proc/self/stat").exists():
         wait_for(lambda: not alive(rays()), 60)
+
+
+@pytest.mark.slow
+def test_command_line(tmp_path):
+    run = start(tmp_path, "--total-timesteps", "300", "--eval-episodes", "1", "--optimizer", "sgd")
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode == 0 and "Replay takes up to 0.03 GB, 2 actors together." in said, said
+    assert "eval/episodic_return" in said and "charts/UPS" in said
+    assert last(tmp_path, "charts/learning_rate") == 2e-3
 
 
 @linux

@@ -14,7 +14,10 @@ import tyro
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 ROLES = {"Args", "main", "evaluate", "update", "worker", "make_env", "actor", "learner", "run"}
+ROLES |= {"make_optimizer", "learning_rate_at"}
 TWO_OF_ONE_NAME = {"GlimpseNetwork"}  # RAM and DRAM call two networks alike
+OWN_CONSTANTS = {"KEPT", "Task"}  # of one name, each script's own
+CONSTANT = ast.Assign, ast.AugAssign
 UNANNOTATED = {"writer", "T", "log", "optimizer", "save", "evaluate_now"}
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
@@ -93,9 +96,9 @@ def test_nothing_runs_at_import_and_no_script_needs_another(path):
         "if __name__ == '__main__':\n    print(main(tyro.cli(Args, description=__doc__)))"
     )
     for node in body[1:]:
-        kinds = (ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef)
+        kinds = (*CONSTANT, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
         assert isinstance(node, kinds), f"{path.name}:{node.lineno} runs at import"
-        if isinstance(node, ast.Assign):
+        if isinstance(node, CONSTANT):
             calls = [n for n in ast.walk(node.value) if isinstance(n, ast.Call)]
             assert not calls, f"{path.name}:{node.lineno} computes at import"
     for node in ast.walk(ast.Module(body, [])):
@@ -166,20 +169,30 @@ def test_names(path):
             assert not private, f"{path.name}:{node.lineno}: every function can be read and tested"
 
 
+def top_level(source: str) -> dict[str, str]:
+    """The text of every function, class and constant."""
+    texts = defaultdict(str)
+    for node in ast.parse(source).body:
+        targets = getattr(node, "targets", [getattr(node, "target", node)])
+        for name in (n for target in targets for n in getattr(target, "elts", [target])):
+            name = getattr(name, "id", getattr(name, "name", ""))
+            texts[name] += ast.get_source_segment(source, node) if name else ""
+    return texts
+
+
 def test_equal_names_have_equal_text():
     texts = defaultdict(lambda: defaultdict(list))
     for path in SCRIPTS:
-        source = path.read_text()
-        for node in ast.parse(source).body:
-            shared = isinstance(node, (ast.FunctionDef, ast.ClassDef))
-            if shared and node.name not in ROLES | TWO_OF_ONE_NAME:
-                texts[node.name][ast.get_source_segment(source, node)].append(path.name)
+        for name, text in top_level(path.read_text()).items():
+            if name not in ROLES | TWO_OF_ONE_NAME | OWN_CONSTANTS | {""}:
+                texts[name][text].append(path.name)
     differing = {name: list(t.values()) for name, t in texts.items() if len(t) > 1}
     assert not differing
 
 
 def test_the_same_flag_has_the_same_help():
     common = {"seed", "run_dir", "resume", "evaluate", "eval_episodes", "num_workers", "data_dir"}
+    common |= {"device", "eval_epsilon", "rmsprop_decay", "envs_per_worker", "monte_carlo_samples"}
     texts = defaultdict(lambda: defaultdict(list))
     for path in SCRIPTS:
         lines = path.read_text().splitlines()
@@ -202,7 +215,9 @@ def test_commands_of_the_documents_parse(command):
 
 @each_script
 def test_commands_of_the_headers_parse(path):
-    for command, _ in experiments(path):
+    header = ast.get_docstring(parse(path))
+    more = map(one_line, re.findall(r"python \w+\.py.*(?:\n +--.+)*", header))
+    for command in {command for command, _ in experiments(path)} | set(more):
         python, script, *flags = shlex.split(command)
         assert (python, script) == ("python", path.name)
         assert tyro.cli(importlib.import_module(path.stem).Args, args=flags)

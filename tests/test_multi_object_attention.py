@@ -109,10 +109,10 @@ def test_math_sizes_are_the_papers():
         assert net.context is not None and made(context=False).context is None
     for size, millions in ((54, 51), (110, 169)):  # the paper's table of costs
         with torch.device("meta"):
-            net = dram.ConvNet(Sizes(**dram.SIZES["svhn"])._replace(S=size))
+            net = dram.ConvolutionalBaseline(Sizes(**dram.SIZES["svhn"])._replace(S=size))
             assert net.layers(torch.zeros(2, 1, size, size)).shape == (2, 6, 11)
         assert round(count(net) / 1e6) == pytest.approx(millions, abs=1)
-    addition = dram.ConvNet(Sizes(**dram.SIZES["addition"]))
+    addition = dram.ConvolutionalBaseline(Sizes(**dram.SIZES["addition"]))
     convolutions = [m for m in addition.modules() if isinstance(m, torch.nn.Conv2d)]
     assert [layer.out_channels for layer in convolutions] == [64, 64, 64]
     assert addition(images(2, 100)).shape == (2, 1, 19)
@@ -991,7 +991,7 @@ def test_learns_house_numbers_and_reads_them_from_both_sides(svhn, monkeypatch):
     kept, tuned = (torch.load(svhn / name / "checkpoint.pt")["net"] for name in ("run", "wide"))
     assert all(torch.equal(kept[name], tuned[name]) for name in kept)
     args = dataclasses.replace(args, pretrained="", run_dir="", resume=checkpoint, epochs=3)
-    with pytest.raises(SystemExit, match="made with svhn_size=54, not with svhn_size=110"):
+    with pytest.raises(SystemExit, match="made with --svhn-size 54, not with --svhn-size 110"):
         dram.main(args)
 
 
@@ -1155,7 +1155,7 @@ def test_math_steps_are_recorded_and_repeated_on_a_gpu(recordings):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_slow_recorded_steps_train_as_those_made_one_by_one(tmp_path):
+def test_math_recorded_steps_train_as_those_made_one_by_one(tmp_path):
     args = Args(**DIGITS | {"device": "cuda"}, location_std=1e-6, learning_rate=1e-4)
     data, trained = dram.load_data(args, "cuda"), []
     batches = list(islice(dram.minibatches(args, data), 8))
@@ -1289,7 +1289,7 @@ def test_math_evaluations_are_of_their_sets_and_at_their_epochs(watched, tmp_pat
 
 def test_bad_input_a_loss_that_is_no_number_stops_the_run(watched, tmp_path):
     watched.losses[:] = [1.0] * 4 + [math.nan] * 9
-    with pytest.raises(dram.Diverged, match="The loss is nan in step 1 of epoch 2"):
+    with pytest.raises(dram.Diverged, match="The loss is nan in step 2 of epoch 2"):
         dram.main(Args(**DIGITS, epochs=3, run_dir=str(tmp_path)))
     assert len(watched.steps) == 5  # the last one is not kept:
     assert torch.load(tmp_path / "checkpoint.pt")["epoch"] == 1
@@ -1301,14 +1301,19 @@ def test_bad_input_flags_that_shape_a_network_stay_as_they_were(watched, tmp_pat
     flags |= {"num_glimpses": 5, "location_unit": 7.0}
     changes = [(Args(**DIGITS), *change) for change in flags.items()]
     changes += [(Args(**HOUSES, device="cpu"), "forward_backward", True)]
-    going_on = [(Args(**DIGITS), "bfloat16", True), (Args(**DIGITS), "optimizer", "sgd")]
+    kept = {"seed": 2, "batch_size": 64, "optimizer": "sgd", "learning_rate": 0.5}
+    kept |= {"bfloat16": True, "location_std": 0.3, "location_rate": 0.5, "reward": "correct"}
+    kept |= {"reinforce_weight": 1.0, "reinforce_into_core": False, "monte_carlo_samples": 2}
+    assert kept.keys() == set(dram.KEPT)
+    going_on = [(Args(**DIGITS), *change) for change in kept.items()]
     going_on += [(Args(**HOUSES, device="cpu"), "svhn_size", 110)]
     paths = {task: str(tmp_path / task / "checkpoint.pt") for task in ("pairs", "svhn")}
     for args, _, _ in (changes[0], changes[-1]):
         dram.main(dataclasses.replace(args, epochs=1, run_dir=str(tmp_path / args.task)))
     for args, name, value in changes + going_on:
         changed, path = dataclasses.replace(args, **{name: value}), paths[args.task]
-        sentence = f"made with {name}={getattr(args, name)}, not with {name}={value}"
+        flag = "--" + name.replace("_", "-")
+        sentence = f"made with {flag} {getattr(args, name)}, not with {flag} {value}"
         for flag in ("resume", "evaluate", "pretrained"):
             if flag != "resume" and (args, name, value) in going_on:
                 continue
@@ -1389,10 +1394,10 @@ def test_learns_with_other_models(tiny, flags, tmp_path):
         ({"location_std": -1.0}, "--location-std must lie between 0"),
         ({"location_std": 0.0}, "--location-std must be above 0"),
         ({"evaluate": "missing.pt"}, "missing.pt is missing, damaged or no checkpoint"),
-        ({"resume": "good.pt", "context": "none"}, "made with context=coarse, not with"),
-        ({"pretrained": "good.pt", "task": "addition"}, "made with task=pairs, not with"),
+        ({"resume": "good.pt", "context": "none"}, "made with --context coarse, not with"),
+        ({"pretrained": "good.pt", "task": "addition"}, "made with --task pairs, not with"),
         ({"run_dir": ".", "dataset": "mnist"}, "holds a run already"),
-        ({"resume": "good.pt"}, "has had 1 epochs: raise --epochs"),
+        ({"resume": "good.pt"}, "has had 2 epochs: raise --epochs"),
         ({"dataset": "mnist"}, "is damaged.*delete it"),
         (HOUSES, r"train.tar.gz is missing or damaged.*housenumbers.*into data/svhn/"),
     ],
@@ -1402,7 +1407,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
     args = Args(**DIGITS, epochs=1)
     nets = dram.make_networks(args)
     optimizer = dram.grouped_optimizer(nets, args)
-    state = {"net": nets.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 1}
+    state = {"net": nets.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 2}
     state |= {"args": dataclasses.asdict(args), "rng": torch.get_rng_state(), "seconds": 0.0}
     for path in ("good.pt", "checkpoint.pt"):
         dram.save_checkpoint(Path(path), **state)
@@ -1425,19 +1430,21 @@ def test_bad_input_is_refused_before_data_is_loaded(tiny, tmp_path, monkeypatch)
         {"evaluate": checkpoint, "model": "ram"},
     ):
         with pytest.raises(
-            SystemExit, match=r"holds a run already|has had 1 epochs|made with model"
+            SystemExit, match=r"holds a run already|has had 1 epochs|made with --model"
         ):
             dram.main(dataclasses.replace(args, **flags))
 
 
 def test_bad_input_conv_of_another_size(svhn, monkeypatch):
     """Its layers have other shapes: that is said, not that the file is damaged."""
-    monkeypatch.setattr(dram, "ConvNet", lambda sizes, *_: torch.nn.Linear(sizes.S, 1))
+    monkeypatch.setattr(
+        dram, "ConvolutionalBaseline", lambda sizes, *_: torch.nn.Linear(sizes.S, 1)
+    )
     args = Args(task="svhn", model="conv", data_dir=str(svhn), device="cpu")
     state = {"net": dram.make_networks(args).state_dict(), "args": dataclasses.asdict(args)}
     dram.save_checkpoint(svhn / "conv.pt", **state)
     for flag in ("evaluate", "pretrained", "resume"):
-        with pytest.raises(SystemExit, match="made with svhn_size=54, not with svhn_size=110"):
+        with pytest.raises(SystemExit, match="made with --svhn-size 54, not with --svhn-size 110"):
             dram.main(dataclasses.replace(args, svhn_size=110, **{flag: str(svhn / "conv.pt")}))
 
 

@@ -34,7 +34,7 @@ from running import processes_of, wait_for
 from torch.distributions import Categorical, kl_divergence
 
 import policy_distillation
-from policy_distillation import SIZES, Args, Game, GameNetwork, ScreenMemory
+from policy_distillation import WIDTHS, Args, Game, GameNetwork, ScreenMemory
 
 ROOT = Path(__file__).parent.parent
 SIDE, THIRD = "toy_games:Side-v0", "test_policy_distillation:Third-v0"
@@ -58,7 +58,7 @@ if "Third-v0" not in gym.registry:
 
 def hand_made_teacher(num_actions: int) -> GameNetwork:
     """Q(s, a) is the brightness of the a-th vertical band of the newest screen."""
-    net = GameNetwork(SIZES["same"], [num_actions])
+    net = GameNetwork(WIDTHS["same"], [num_actions])
     with torch.no_grad():
         for p in net.parameters():
             p.zero_()
@@ -190,7 +190,7 @@ def test_math_each_flag_has_its_loss():
     ],
 )
 def test_math_parameter_counts_are_the_papers(student, num_actions, count):
-    net = GameNetwork(SIZES[student], num_actions)
+    net = GameNetwork(WIDTHS[student], num_actions)
     assert sum(p.numel() for p in net.parameters()) == count
     s = torch.zeros(2, 84, 84, 4, dtype=torch.uint8)
     assert [net(s, g).shape for g in range(len(num_actions))] == [(2, A) for A in num_actions]
@@ -225,7 +225,7 @@ def test_math_auto_is_net2_or_multi3_and_a_dqn_of_one_game_is_the_teachers_netwo
 
 def test_gradient_outputs_of_other_games_have_none_and_stay():
     torch.manual_seed(0)
-    net, s = GameNetwork(SIZES["multi3"], [3, 6]), torch.zeros(2, 84, 84, 4).byte()
+    net, s = GameNetwork(WIDTHS["multi3"], [3, 6]), torch.zeros(2, 84, 84, 4).byte()
     optimizer = policy_distillation.choose_optimizer(net, Args())
     for game, other in ((0, 1), (1, 0)):  # the second time the first game's averages are not 0
         before = [p.clone() for p in net.outputs[other].parameters()]
@@ -274,14 +274,14 @@ def test_math_defaults_are_those_of_every_machine(monkeypatch):
 # ---- DQN ----------------------------------------------------------------------------------------
 
 
-def test_math_dqn_target_and_loss_are_those_of_a_loop():
+def test_math_dqn_targets_and_loss_are_those_of_a_loop():
     generator = torch.Generator().manual_seed(0)
     q_t, q_tm1 = 3 * torch.randn(2, 50, 4, generator=generator, dtype=torch.float64)
     r = torch.randn(50, generator=generator, dtype=torch.float64)
     terminated = (torch.rand(50, generator=generator) < 0.3).double()
     known = (torch.rand(50, generator=generator) < 0.8).double()
     a = torch.randint(4, (50,), generator=generator)
-    y = policy_distillation.dqn_target(r, terminated, q_t, 0.9)
+    y = policy_distillation.dqn_targets(r, terminated, q_t, 0.9)
     q_tm1.requires_grad_()
     policy_distillation.td_loss(q_tm1, a, y, known).backward()
     for i in range(50):
@@ -792,7 +792,7 @@ def test_learns_each_loss_from_memory(loss, tmp_path):
     write = lambda *step: memory.write(slice(0, 4), *step)  # noqa: E731
     teacher = hand_made_teacher(2)
     policy_distillation.demonstrate(games, teacher, write, range(30), 0, args)
-    net = GameNetwork(SIZES["net3"], [2])
+    net = GameNetwork(WIDTHS["net3"], [2])
     optimizer = policy_distillation.choose_optimizer(net, args)
     policy_distillation.learn_from_memories(net, optimizer, [memory], args, 30)
     metrics = policy_distillation.learn_from_memories(net, optimizer, [memory], args, 30)
@@ -941,6 +941,7 @@ def test_learns_on_bit_for_bit_after_each_half_of_a_round(tmp_path, monkeypatch)
     assert same(states[1]["net"], states[2]["net"])
     path, numbers = tmp_path / "run" / "checkpoint.pt", reported(tmp_path / "run")
     assert numbers["charts/SPS"].keys() == {0, 4} and numbers["charts/UPS"].keys() == {4, 8}
+    assert numbers["charts/learning_rate"] == dict.fromkeys((4, 8), args.learning_rate)
     for again in (2, 1):  # between collection and training, and before the collection
         shutil.copy(copies[again], path)
         policy_distillation.main(dataclasses.replace(args, run_dir="", resume=str(path)))
@@ -1048,7 +1049,7 @@ def test_learns_nothing_with_evaluate_which_shows_what_the_checkpoint_holds(tmp_
     """An online teacher stands nowhere else."""
     path, shown = tmp_path / "elsewhere" / "checkpoint.pt", []
     args = tiny(tmp_path, env_ids=(SIDE,), online=True, capture_video=True, run_dir="")
-    net, teachers = GameNetwork(SIZES["net3"], [2]), torch.nn.ModuleList([hand_made_teacher(2)])
+    net, teachers = GameNetwork(WIDTHS["net3"], [2]), torch.nn.ModuleList([hand_made_teacher(2)])
     given = {"args": dataclasses.asdict(args), "teachers": teachers.state_dict()}
     path.parent.mkdir()
     policy_distillation.save_checkpoint(path, net=net.state_dict(), **given)
@@ -1116,12 +1117,12 @@ def test_learns_online_from_the_best_so_far(tmp_path, monkeypatch):
     assert [state["learner"]["steps"] for state in played] == [100, 200, 300]
     memory = ScreenMemory(tmp_path / "run" / "memory" / "teacher_0", 2, 150, 0, 2)
     for t, teacher in ((range(100), asked[0]), (range(100, 150), asked[2])):  # who played when
-        net, t = GameNetwork(SIZES["same"], [2]), torch.tensor(t)
+        net, t = GameNetwork(WIDTHS["same"], [2]), torch.tensor(t)
         net.load_state_dict(teacher)
         q = net(memory.stacks(torch.zeros_like(t), t)).detach()
         torch.testing.assert_close(q, memory.values_at(torch.zeros_like(t), t))
 
-    net = GameNetwork(SIZES["same"], [2])
+    net = GameNetwork(WIDTHS["same"], [2])
     again = policy_distillation.DeepQLearner(net, args, tmp_path / "run" / "memory")
     again.load_state_dict(played[1]["learner"])
     assert again.high_score == 1
@@ -1206,28 +1207,29 @@ def test_bad_input_replays_that_are_missing_or_short(tmp_path, monkeypatch):
     assert len(begun) == 1
 
 
-def test_bad_input_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
-    """On --resume; a new run finds out when it makes its metrics.csv."""
+def test_bad_input_a_folder_that_cannot_be_written_to(tmp_path):
+    """On --resume; metrics.csv leads nowhere."""
     args, path = tiny_dqn(tmp_path), tmp_path / "run" / "checkpoint.pt"
     net, given = policy_distillation.make_net(args, [2]), dataclasses.asdict(args)
     path.parent.mkdir()
     policy_distillation.save_checkpoint(path, net=net.state_dict(), args=given, memory={})
-    monkeypatch.setattr(os, "access", lambda folder, mode: folder != path.parent)
+    (path.parent / "metrics.csv").symlink_to("/dev/null/metrics.csv")
     with pytest.raises(SystemExit, match="run cannot be written to"):
         policy_distillation.main(dataclasses.replace(args, run_dir="", resume=str(path)))
-    assert [*path.parent.iterdir()] == [path]
+    assert sorted(path.parent.iterdir()) == [path, path.parent / "metrics.csv"]
 
 
 def test_bad_input_another_recipe_on_resume_and_what_may_change(tmp_path):
     args = tiny(tmp_path, teachers=(teacher_file(tmp_path / "a.pt", SIDE, 2),), run_dir="")
     given = dataclasses.asdict(dataclasses.replace(args, env_ids=(SIDE,)))
-    net, path = GameNetwork(SIZES["net3"], [2]).state_dict(), tmp_path / "checkpoint.pt"
+    net, path = GameNetwork(WIDTHS["net3"], [2]).state_dict(), tmp_path / "checkpoint.pt"
     policy_distillation.save_checkpoint(path, net=net, args=given, memory={"teacher_0.ages": 1})
     args = dataclasses.replace(args, resume=str(path))
     other = {"loss": "nll", "temperature": 0.1, "memory_steps": 960, "round_steps": 480}
     other |= {"round_updates": 3, "batch_size": 8, "learning_rate": 1e-4, "seed": 2}
     for name, value in (other | {"optimizer": "rmsprop", "envs_per_collector": 4}).items():
-        with pytest.raises(SystemExit, match=f"made with {name}=.*, not with {name}={value}"):
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(SystemExit, match=f"made with {flag} .*, not with {flag} {value}"):
             policy_distillation.main(dataclasses.replace(args, **{name: value}))
     may = {"total_rounds": 9, "eval_every": 1, "eval_episodes": 2, "eval_epsilon": 0.01}
     with pytest.raises(SystemExit, match=r"The replays in .* are missing or not"):
@@ -1259,16 +1261,27 @@ def test_bad_input_ctrl_c_before_or_without_training_is_a_sentence(early, tmp_pa
         (DISTILL | {"discount": 0.5}, "--discount has no effect without --online"),
         (DISTILL | {"max_learning_rate": 1.0}, "--max-learning-rate has no effect with .*adam"),
         (TEACHER | {"env_ids": ("BrekoutNoFrameskip-v4",)}, "There is no game.*Breakout"),
+        (TEACHER | {"env_ids": ("toy_games:Broken-v0",)}, "There is no game.*Broken-v0: no screen"),
         ({"online": True, "env_ids": (SIDE, THIRD)}, "--online distils a single game"),
-        (TEACHER | {"env_ids": (SIDE, SIDE)}, "Each game once, please"),
-        ({"teachers": ("side.pt", "side.pt")}, "Each game once, please"),
+        (
+            TEACHER | {"env_ids": (SIDE, SIDE)},
+            "--env-ids must name each game once, not toy_games:Side-v0, toy",
+        ),
+        (
+            {"teachers": ("side.pt", "side.pt")},
+            "--env-ids must name each game once, not toy_games:Side-v0, toy",
+        ),
         ({"teachers": ("missing.pt",)}, "missing.pt is missing, damaged or no DQN of one game"),
         ({"teachers": ("damaged.pt",)}, "damaged.pt is missing, damaged or no DQN"),
         ({"teachers": ("student.pt",)}, "student.pt is missing, damaged or no DQN of one game"),
         ({"teachers": ("same.pt",)}, "same.pt is missing, damaged or no DQN of one game"),
         ({"teachers": ("three.pt",)}, "three.pt plays toy_games:Side-v0 with 3 actions.*has 2"),
         (DISTILL | {"temperature": 0.0}, "its limit at 0 is --loss nll"),
-        (DISTILL | {"teacher_epsilon": 1.5}, "must be at most 1"),
+        (
+            DISTILL | {"teacher_epsilon": 1.5},
+            "--teacher-epsilon must lie between 0 and 1, not at 1.5",
+        ),
+        (TEACHER | {"final_epsilon": 1.5}, "--final-epsilon must lie between 0 and 1, not at 1.5"),
         (
             DISTILL | {"optimizer": "rmsprop", "max_learning_rate": 0.0},
             "--max-learning-rate must be above 0",
@@ -1281,23 +1294,26 @@ def test_bad_input_ctrl_c_before_or_without_training_is_a_sentence(early, tmp_pa
         (DISTILL | {"num_collectors": 0}, "--num-collectors must lie between 1"),
         (DISTILL | {"eval_epsilon": 1.1}, "--eval-epsilon must lie between 0 and 1"),
         (DISTILL | {"run_dir": "used"}, "holds a run already"),
-        (DISTILL | {"run_dir": "side.pt/x"}, "cannot be made"),
+        (DISTILL | {"run_dir": "side.pt/x"}, "cannot be written to.*choose another folder"),
         (DISTILL | {"resume": "student.pt"}, "leave --run-dir out"),
         (DISTILL | {"evaluate": "missing.pt"}, "missing.pt is missing, damaged or no checkpoint"),
         (
             DISTILL | {"evaluate": "student.pt", "student": "net1"},
-            "made with student=net3, not with student=net1",
+            "made with --student net3, not with --student net1",
         ),
         (
             DISTILL | {"resume": "student.pt", "run_dir": "", "num_collectors": 3},
-            "made with num_collectors=2, not with num_collectors=3",
+            "made with --num-collectors 2, not with --num-collectors 3",
         ),
         (
             DISTILL | {"resume": "student.pt", "run_dir": "", "teacher_epsilon": 0.1},
-            "made with teacher_epsilon=0.05, not with teacher_epsilon=0.1",
+            "made with --teacher-epsilon 0.05, not with --teacher-epsilon 0.1",
         ),
         (DISTILL | {"resume": "student.pt", "run_dir": ""}, "The replays in memory are missing"),
-        (TEACHER | {"evaluate": "student.pt"}, "made with stage=distill, not with stage=teacher"),
+        (
+            TEACHER | {"evaluate": "student.pt"},
+            "made with --stage distill, not with --stage teacher",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
@@ -1309,7 +1325,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
     Path("damaged.pt").write_bytes(b"PK\x03\x04 half a file")
     given = dataclasses.asdict(dataclasses.replace(args, env_ids=(SIDE,)))
     for name, size in (("student", "net3"), ("same", "same")):
-        net = GameNetwork(SIZES[size], [2]).state_dict()
+        net = GameNetwork(WIDTHS[size], [2]).state_dict()
         policy_distillation.save_checkpoint(Path(f"{name}.pt"), net=net, args=given, seconds=0)
     Path("used").mkdir()
     Path("used/checkpoint.pt").touch()

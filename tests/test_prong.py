@@ -8,9 +8,11 @@ eigenvalues, sqrt(n - 1) factors, a momentum left in the old basis, padding by -
 import dataclasses
 import itertools
 import pickle
+import signal
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -427,7 +429,8 @@ def test_learns_digits_and_goes_on_bit_for_bit(method, tmp_path):
     prong.main(half)
     path = str(tmp_path / "half" / "checkpoint.pt")
     on = prong.main(dataclasses.replace(args, resume=path))
-    timing = {"charts/SPS", "charts/seconds", "charts/whitening_share"}
+    timing = {"charts/SPS", "charts/minutes", "charts/whitening_share"}
+    assert timing <= metrics.keys() | {"charts/whitening_share"}
     assert {k: v for k, v in on.items() if k not in timing} == {
         k: v for k, v in metrics.items() if k not in timing
     }
@@ -499,7 +502,7 @@ def test_math_methods_begin_alike_and_see_the_same_minibatches(tmp_path, monkeyp
             assert torch.equal(ours[0], theirs[0])
 
 
-def test_tune_tries_the_grid_and_names_the_best(tmp_path, monkeypatch):
+def test_learns_with_the_whole_grid_and_names_the_best(tmp_path, monkeypatch):
     args = Args(task="fisher", tune=True, **TINY | {"total_iterations": 2}, run_dir=str(tmp_path))
     tried = []
 
@@ -528,32 +531,79 @@ def test_tune_tries_the_grid_and_names_the_best(tmp_path, monkeypatch):
     "flags, sentence",
     [
         ({"data_dir": "nowhere", "dataset": "mnist"}, "--dataset digits"),
-        ({"data_dir": "nowhere", "task": "cifar10"}, "cifar-10-batches-py is missing"),
+        (
+            {"data_dir": "nowhere", "task": "cifar10", "dataset": "mnist"},
+            "cifar-10-batches-py is missing",
+        ),
+        ({"task": "cifar10"}, "--dataset is for autoencoder and fisher"),
+        (
+            {"run_dir": "used", "data_dir": "nowhere", "dataset": "mnist"},
+            "used holds a run already",
+        ),
         ({"batch_size": 0}, "--batch-size must lie"),
         ({"momentum_decay": 1.5}, "--momentum-decay must lie between 0 and 1"),
         ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
         ({"evaluate": "x.pt", "tune": True}, "leave --resume and --ev"),
         ({"method": "prong+"}, "--task fisher compares"),
-        ({"epsilon": 0.0}, "--epsilon must be above 0"),
-        ({"whitening_samples": 1}, "--whitening-samples at least 2"),
-        ({"method": "batchnorm", "task": "autoencoder", "batch_size": 1}, "at least 2 to be norm"),
+        ({"epsilon": 0.0}, "--epsilon must be above 0, not 0.0"),
+        ({"whitening_samples": 1}, "--whitening-samples must be at least 2, not 1"),
+        (
+            {"method": "batchnorm", "task": "autoencoder", "batch_size": 1},
+            "at least 2 to normalise",
+        ),
         ({"device": "cuda"}, "torch finds no GPU here"),
     ],
 )
-def test_bad_input(flags, sentence, tmp_path, monkeypatch):
+def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr(prong.urllib.request, "urlopen", unreachable)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prong.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match=sentence):
+    monkeypatch.chdir(tmp_path)
+    Path("used").mkdir()
+    Path("used/checkpoint.pt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
         prong.main(Args(**{**TINY, "task": "fisher", **flags}))
+    assert isinstance(stop.value.code, str)  # so the exit code is 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("at", "sentence"),
+    [
+        ("load_digits", r"^Stopped\.$"),
+        ("update", r"^Stopped before the first checkpoint\.$"),
+        ("report", r"^Stopped; go on with the same flags and --resume .*checkpoint\.pt$"),
+    ],
+)
+def test_bad_input_a_signal_ends_a_run_in_one_sentence(at, sentence, tmp_path, monkeypatch):
+    args = Args(method="sgd", dataset="digits", total_iterations=1, run_dir=str(tmp_path / "run"))
+    monkeypatch.setattr(prong, at, lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit, match=sentence):
+        prong.main(args)
+    assert (tmp_path / "run").exists() == (at != "load_digits")
+
+
+def test_bad_input_ctrl_c_ends_the_whole_grid(tmp_path, monkeypatch):
+    tried = []
+
+    def run(args, device):
+        tried.append(args)
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        return {"eval/train_loss": 1.0}
+
+    monkeypatch.setattr(prong, "run", run)
+    with pytest.raises(SystemExit, match=r"^Stopped\.$"):
+        prong.main(Args(task="fisher", tune=True, **TINY, run_dir=str(tmp_path)))
+    assert len(tried) == 3 and len((tmp_path / "tune.csv").read_text().splitlines()) == 2
 
 
 def test_bad_input_rate_too_high(tmp_path, monkeypatch):
     monkeypatch.setattr(prong, "update", lambda *_: torch.tensor(float("nan")))
-    with pytest.raises(SystemExit, match="loss is nan at update 0: the run stops"):
+    with pytest.raises(SystemExit, match="loss is nan at update 1: the run stops"):
         prong.main(Args(task="fisher", **TINY, run_dir=str(tmp_path)))
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -583,10 +633,19 @@ def test_bad_input_other_method(tmp_path):
     args = Args(task="fisher", **TINY, run_dir=str(tmp_path))
     prong.main(args)
     checkpoint = str(tmp_path / "checkpoint.pt")
-    with pytest.raises(SystemExit, match="was made with method=prong, not with method=sgd"):
+    with pytest.raises(SystemExit, match="was made with --method prong, not with --method sgd"):
         prong.main(dataclasses.replace(args, method="sgd", evaluate=checkpoint))
-    with pytest.raises(SystemExit, match="whitening_samples=100, not with whitening_samples=50"):
+    with pytest.raises(
+        SystemExit, match="--whitening-samples 100, not with --whitening-samples 50"
+    ):
         prong.main(dataclasses.replace(args, whitening_samples=50, evaluate=checkpoint))
+    changes = {"seed": 2, "batch_size": 64, "learning_rate": 0.5, "momentum_decay": 0.5}
+    changes |= {"rmsprop_decay": 0.5, "rmsprop_eps": 0.5, "whitening_period": 7, "epsilon": 0.5}
+    changes |= {"momentum": "carry"}
+    assert changes.keys() == set(prong.KEPT)
+    for name, value in changes.items():
+        with pytest.raises(SystemExit, match=f"was made with --{name.replace('_', '-')} "):
+            prong.main(dataclasses.replace(args, **{name: value}, resume=checkpoint))
     with pytest.raises(SystemExit, match="raise --total-iterations"):
         prong.main(dataclasses.replace(args, resume=checkpoint, run_dir=""))
 

@@ -599,9 +599,10 @@ def test_math_reported_is_the_mean_of_an_epoch_and_a_loss_that_is_no_number_ends
 
     monkeypatch.setattr(ram, "image_losses", losses)
     args = Args(**DIGITS, model="fc", epochs=3, run_dir=str(tmp_path))
-    with pytest.raises(ram.Diverged, match="loss is nan in step 1 of epoch 2: the run stops"):
+    with pytest.raises(ram.Diverged, match="loss is nan in step 2 of epoch 2: the run stops"):
         ram.main(args)
     assert "1,losses/cross_entropy,3.0" in (tmp_path / "metrics.csv").read_text()
+    assert "1,losses/loss," in (tmp_path / "metrics.csv").read_text()
     assert torch.load(tmp_path / "checkpoint.pt")["epoch"] == 1
 
 
@@ -751,11 +752,11 @@ def test_learns_from_a_download(tmp_path, monkeypatch):
         ({"evaluate": "missing.pt"}, "missing.pt is missing, damaged or no checkpoint"),
         (
             {"resume": "good.pt", "num_glimpses": 3},
-            "made with num_glimpses=0, not with num_glimpses=3",
+            "made with --num-glimpses 0, not with --num-glimpses 3",
         ),
-        ({"evaluate": "good.pt", "glimpse_policy": "random"}, "with glimpse_policy=random"),
-        ({"resume": "good.pt", "optimizer": "sgd"}, "made with optimizer=adam, not with"),
-        ({"resume": "good.pt", "learning_rate": 0.5}, "made with learning_rate=0.001, not with"),
+        ({"evaluate": "good.pt", "glimpse_policy": "random"}, "not with --glimpse-policy random"),
+        ({"resume": "good.pt", "optimizer": "sgd"}, "made with --optimizer adam, not with"),
+        ({"resume": "good.pt", "learning_rate": 0.5}, "made with --learning-rate 0.001, not with"),
         ({"dataset": "mnist"}, "is damaged.*delete it"),
     ],
 )
@@ -772,6 +773,19 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
     assert isinstance(stop.value.code, str) and sorted(tmp_path.rglob("*")) == before
 
 
+def test_bad_input_flags_of_training_stay_as_they_were(tmp_path):
+    args = Args(**DIGITS, resume=str(tmp_path / "checkpoint.pt"))
+    state = {"net": ram.make_model(args).state_dict(), "args": dataclasses.asdict(args)}
+    ram.save_checkpoint(tmp_path / "checkpoint.pt", **state)
+    changes = {"seed": 2, "batch_size": 32, "optimizer": "sgd", "learning_rate": 0.5}
+    changes |= {"location_std": 0.3, "location_rate": 1.0, "reward": "correct"}
+    changes |= {"reinforce_weight": 1.0, "reinforce_into_core": False, "monte_carlo_samples": 2}
+    assert changes.keys() == set(ram.KEPT)
+    for name, value in changes.items():
+        with pytest.raises(SystemExit, match=f"made with --{name.replace('_', '-')} .*, not with"):
+            ram.main(dataclasses.replace(args, **{name: value}))
+
+
 def test_bad_input_is_refused_before_data_is_loaded(tmp_path, monkeypatch):
     """And a signal while it is loaded ends in a sentence."""
     args = Args(task="catch", epochs=1, eval_every=1, run_dir=str(tmp_path / "run"))
@@ -783,8 +797,8 @@ def test_bad_input_is_refused_before_data_is_loaded(tmp_path, monkeypatch):
     checkpoint = str(tmp_path / "run" / "checkpoint.pt")
     for flags, sentence in (
         ({}, "holds a run already"),
-        ({"run_dir": "", "resume": checkpoint}, "has had 1 epochs"),
-        ({"task": "mnist", "run_dir": "", "evaluate": checkpoint}, "made with task=catch"),
+        ({"run_dir": "", "resume": checkpoint}, "has had 2 epochs"),
+        ({"task": "mnist", "run_dir": "", "evaluate": checkpoint}, "made with --task catch"),
         ({"task": "mnist", "run_dir": ""}, "Stopped"),
     ):
         with pytest.raises(SystemExit, match=sentence):

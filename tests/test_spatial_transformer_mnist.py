@@ -8,9 +8,11 @@ classifier that is given the unwarped input, a localisation network that starts 
 import dataclasses
 import itertools
 import math
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -638,7 +640,7 @@ def test_math_film_has_a_row_for_each_transformer():
         assert np.array_equal(frame[:42].numpy(), first)
 
 
-def test_film_goes_on_after_resuming(monkeypatch, tmp_path):
+def test_learns_on_with_the_film_and_the_flags_of_its_beginning(monkeypatch, tmp_path):
     save, saved = stn.save_checkpoint, []
 
     def keep_first(path, **state):
@@ -657,9 +659,9 @@ def test_film_goes_on_after_resuming(monkeypatch, tmp_path):
         "task": "addition", "distortion": "P", "model": "cnn", "transform": "tps",
         "learning_rate": 0.5, "localisation_learning_rate": 0.5, "sgd_momentum": 0.5,
         "optimizer": "adam", "batch_size": 7, "fixed_distortions": True,
-        "total_iterations": 30, "seed": 2,
+        "total_iterations": 30, "seed": 2, "bfloat16": True,
     }.items():  # fmt: skip
-        with pytest.raises(SystemExit, match=f"was made with {name}="):
+        with pytest.raises(SystemExit, match=f"was made with --{name.replace('_', '-')} "):
             stn.main(dataclasses.replace(args, **{name: other}))
 
 
@@ -672,21 +674,35 @@ def test_film_goes_on_after_resuming(monkeypatch, tmp_path):
         ({"data_dir": "nowhere", "dataset": "mnist"}, "--dataset digits"),
         ({"batch_size": 0}, "--batch-size must lie"),
         ({"num_transformers": 2}, "is for --task addition"),
-        ({"task": "addition", "num_transformers": 3}, "is 1 or 2"),
+        ({"task": "addition", "num_transformers": 3}, "must be 1 or 2, not 3"),
         ({"task": "addition", "distortion": "E"}, "leave --distortion out"),
         ({"optimizer": "adam", "sgd_momentum": 0.9}, "is for --optimizer sgd"),
         ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
-        ({"learning_rate": 1e9}, "loss is (nan|inf) at update"),
+        (
+            {"run_dir": "used", "data_dir": "nowhere", "dataset": "mnist"},
+            "used holds a run already",
+        ),
     ],
 )
-def test_bad_input(flags, sentence, tmp_path, monkeypatch):
+def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr(stn.urllib.request, "urlopen", unreachable)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=sentence):
+    Path("used").mkdir()
+    Path("used/checkpoint.pt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
         stn.main(Args(**{**TINY, **flags}))
+    assert isinstance(stop.value.code, str)  # so the exit code is 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_input_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(stn, "update", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(stn.Diverged, match="loss is nan at update 1: the run stops"):
+        stn.main(Args(**TINY, run_dir=str(tmp_path)))
 
 
 def test_bad_input_a_transformer_that_left_the_image(tmp_path, monkeypatch):
@@ -703,24 +719,30 @@ def test_bad_input_a_transformer_that_left_the_image(tmp_path, monkeypatch):
         stn.main(Args(**TINY, run_dir=str(tmp_path)))
 
 
-def test_bad_input_interrupt_while_data_is_made(monkeypatch, tmp_path):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(stn, "make_examples", interrupt)
-    with pytest.raises(SystemExit, match=r"^Stopped\.$"):
+@pytest.mark.parametrize(
+    ("at", "sentence"),
+    [
+        ("make_examples", r"^Stopped\.$"),
+        ("update", r"^Stopped before the first checkpoint\.$"),
+        ("report", r"^Stopped; go on with the same flags and --resume .*checkpoint\.pt$"),
+    ],
+)
+def test_bad_input_a_signal_ends_a_run_in_one_sentence(at, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr(stn, at, lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit, match=sentence):
         stn.main(Args(**TINY, run_dir=str(tmp_path / "run")))
-    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "run").exists() == (at != "make_examples")
 
 
 def test_bad_input_other_transform(tmp_path):
     args = Args(**TINY, run_dir=str(tmp_path))
     stn.main(args)
     checkpoint = str(tmp_path / "checkpoint.pt")
-    with pytest.raises(SystemExit, match="was made with transform=affine, not with transform=tps"):
+    with pytest.raises(
+        SystemExit, match="was made with --transform affine, not with --transform tps"
+    ):
         stn.main(dataclasses.replace(args, transform="tps", evaluate=checkpoint))
-    with pytest.raises(SystemExit, match="was made with bfloat16=False"):
-        stn.main(dataclasses.replace(args, bfloat16=True, evaluate=checkpoint))
+    assert "eval/error" in stn.main(dataclasses.replace(args, bfloat16=True, evaluate=checkpoint))
     with pytest.raises(SystemExit, match="has had all of its 20 updates"):
         stn.main(dataclasses.replace(args, resume=checkpoint, run_dir=""))
 

@@ -104,6 +104,13 @@ class Analogue(Side):
     action_space = gym.spaces.Box(-1, 1, (2,))
 
 
-for game in (Side, Clock, Catch, Crashing, Colour, Analogue):
+class Broken(Side):
+    """It cannot be made, for a reason of its own."""
+
+    def __init__(self):
+        raise RuntimeError("no screen")
+
+
+for game in (Side, Clock, Catch, Crashing, Colour, Analogue, Broken):
     gym.register(f"{game.__name__}-v0", f"toy_games:{game.__name__}")
 gym.register("TruncatedClock-v0", "toy_games:Clock", kwargs={"truncates": True})

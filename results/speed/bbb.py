@@ -46,7 +46,7 @@ def ours(args: Args, method: str, prior: str = "mixture") -> Callable[[], None]:
     weights = bbb.PointEstimate(sizes)
     if method == "bbb":
         weights = bbb.WeightPosterior(sizes, settings.rho_init)
-    optimizer, prior_of_w = bbb.optimizer_of(weights, settings), bbb.make_prior(settings)
+    optimizer, prior_of_w = bbb.make_optimizer(weights, settings), bbb.make_prior(settings)
     x, y = minibatch(args)
 
     def negative_log_likelihood(w: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ def interaction() -> Callable[[], None]:
     settings = bbb.Args(task="bandit")
     sizes = (119, 100, 100, 1)
     weights = bbb.WeightPosterior(sizes, settings.rho_init)
-    optimizer, prior = bbb.optimizer_of(weights, settings), bbb.make_prior(settings)
+    optimizer, prior = bbb.make_optimizer(weights, settings), bbb.make_prior(settings)
     x, r = torch.rand(bbb.BUFFER, 119), torch.rand(bbb.BUFFER, 1)
 
     def step() -> None:

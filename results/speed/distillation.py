@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import policy_distillation
-from policy_distillation import SIZES, GameNetwork, ScreenMemory
+from policy_distillation import WIDTHS, GameNetwork, ScreenMemory
 
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banners
 
@@ -125,7 +125,7 @@ def collection(args: Args) -> float:
     settings = policy_distillation.Args(env_ids=(args.env_id,), memory_steps=20_000, **given)
     settings.round_steps = settings.memory_steps
     num_actions = [policy_distillation.make_env(args.env_id).action_space.n]
-    teachers = nn.ModuleList([GameNetwork(SIZES["same"], num_actions)]).share_memory()
+    teachers = nn.ModuleList([GameNetwork(WIDTHS["same"], num_actions)]).share_memory()
     wanted, T, log = spawn.Value("q", 10**9), spawn.Value("q", 0), spawn.Queue()
     with tempfile.TemporaryDirectory() as folder:
         arguments = T, settings, Path(folder, "memory"), teachers, None, 0, wanted, log
@@ -150,7 +150,7 @@ def measure_calls(call: Callable, seconds: float) -> float:
 def updates(student: str, args: Args) -> float:
     """Updates per second of a student, sampling from memory included."""
     settings = policy_distillation.Args(env_ids=(args.env_id,), round_updates=10)
-    net = GameNetwork(SIZES[student], [6])
+    net = GameNetwork(WIDTHS[student], [6])
     optimizer = policy_distillation.choose_optimizer(net, settings)
     with tempfile.TemporaryDirectory() as folder:
         memory = ScreenMemory(Path(folder, "memory"), lanes=1, capacity=5000, spare=0, width=6)
@@ -171,8 +171,8 @@ def decisions(net: nn.Module, args: Args) -> float:
 
 def contenders() -> dict[str, list[Contender]]:
     """A table by its unit; the first of each is what the others are compared with."""
-    teacher = GameNetwork(SIZES["same"], [6])
-    students = {name: GameNetwork(SIZES[name], [6]) for name in ("net1", "net2", "net3")}
+    teacher = GameNetwork(WIDTHS["same"], [6])
+    students = {name: GameNetwork(WIDTHS[name], [6]) for name in ("net1", "net2", "net3")}
     size = {name: f"{name}, {kilobytes(net):,.0f} kB" for name, net in students.items()}
     return {
         "steps/s": [
