@@ -3,10 +3,12 @@
     Paper    Mnih et al., "Asynchronous methods for deep reinforcement learning", ICML 2016
     Shows    A3C learns motor control from states, or from pixels (section 5.3, supplement 9)
     Run      python a3c_continuous.py --num-workers 2 --total-timesteps 500000 --eval-episodes 30
-    Result   not yet measured
+    Result   978 (returns of 30 episodes; seeds 1, 2, 3: 1000, 947, 986) in 2 to 13 min, mostly
+               beside other runs, on 2 cores of an AMD EPYC; 950 counts as solved
     Run      python a3c_continuous.py --env-id Pendulum-v1 --t-max 20 --discount 0.95
                --num-workers 2 --total-timesteps 500000 --eval-episodes 30
-    Result   not yet measured
+    Result   -178 (returns of 30 episodes; seeds 1, 2, 3: -187, -166, -181) in 3 to 5 min, partly
+               beside other runs, on the same machine
     Run      python a3c_continuous.py --env-id Reacher-v5 --discount 0.95 --reward-scale 0.1
                --entropy-cost 1e-3 --num-workers 2 --total-timesteps 1000000 --eval-episodes 30
     Result   not yet measured

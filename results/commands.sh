@@ -8,6 +8,12 @@ set -e
 python a3c_atari.py --env-id PongNoFrameskip-v4 --num-workers 2 --envs-per-worker 8 --total-timesteps 10000000 --eval-episodes 30 --run-dir runs/a3c_atari/pong
 python a3c_atari.py --num-workers 2 --envs-per-worker 8 --total-timesteps 20000000 --eval-episodes 30 --run-dir runs/a3c_atari/breakout
 
+# a3c_continuous.py
+for seed in 1 2 3; do
+    python a3c_continuous.py --num-workers 2 --total-timesteps 500000 --eval-episodes 30 --report-every 10000 --seed $seed --run-dir runs/a3c_continuous/inverted_pendulum/seed$seed
+    python a3c_continuous.py --env-id Pendulum-v1 --t-max 20 --discount 0.95 --num-workers 2 --total-timesteps 500000 --eval-episodes 30 --report-every 10000 --seed $seed --run-dir runs/a3c_continuous/pendulum/seed$seed
+done
+
 # prong.py: condition of the Fisher matrix
 for seed in 1 2 3; do
     for method in sgd rmsprop prong; do

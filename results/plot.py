@@ -99,6 +99,15 @@ EXPERIMENTS = [
         window=3,
     ),
     Experiment(
+        folder="a3c_maze/apples",
+        title="A3C looks for apples and a portal in mazes of 3 x 3 rooms",
+        tag="charts/episodic_return",
+        y="return of a training episode",
+        paper=50,
+        paper_label="paper: about 50, in larger mazes",
+        window=3,
+    ),
+    Experiment(
         folder="bayes_by_backprop/mnist",
         title="Bayes by Backprop and its rivals: MNIST, 2 x 400 units (figure 2)",
         tag="test/error_of_mean",
