@@ -128,10 +128,14 @@ done
 
 # multi_object_attention.py: pairs and sums, on a GPU
 export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1
-python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --epochs 120 --eval-every 20 --run-dir runs/multi_object_attention/pairs/dram__seed1
+python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --learning-rate-decay 0.98 --epochs 160 --eval-every 10 --run-dir runs/multi_object_attention/pairs/dram__seed1
 python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --epochs 120 --context none --eval-every 20 --run-dir runs/multi_object_attention/pairs/no-context__seed1
 python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --epochs 120 --model ram --eval-every 20 --run-dir runs/multi_object_attention/pairs/ram__seed1
-python multi_object_attention.py --task addition --batch-size 256 --learning-rate 0.002 --epochs 120 --eval-every 20 --run-dir runs/multi_object_attention/addition/dram__seed1
+python multi_object_attention.py --task addition --batch-size 256 --learning-rate 0.002 --learning-rate-decay 0.98 --epochs 160 --eval-every 10 --run-dir runs/multi_object_attention/addition/dram__seed1
+python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --num-scales 4 --eval-every 10 --run-dir runs/multi_object_attention/pairs_wide/dram__seed1
+python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --num-scales 4 --context none --eval-every 10 --run-dir runs/multi_object_attention/pairs_wide/no-context__seed1
+python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --num-scales 4 --model ram --eval-every 10 --run-dir runs/multi_object_attention/pairs_wide/ram__seed1
+python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --num-scales 4 --glimpse-policy random --eval-every 10 --run-dir runs/multi_object_attention/pairs_wide/random__seed1
 python multi_object_attention.py --task addition --batch-size 256 --learning-rate 0.002 --epochs 30 --learning-rate-decay 0.9 --model conv --bfloat16 --eval-every 20 --run-dir runs/multi_object_attention/addition/conv__seed1
 
 # recurrent_visual_attention.py: digits and Catch

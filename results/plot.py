@@ -242,6 +242,16 @@ EXPERIMENTS = [
         logarithmic=True,
     ),
     Experiment(
+        folder="multi_object_attention/pairs_wide",
+        title="DRAM: pairs of digits, patches of 12 to 96 pixels",
+        tag="validation/error",
+        y="validation error (%)",
+        x=(EPOCHS,),
+        paper=5,
+        paper_label="paper, test: 5",
+        logarithmic=True,
+    ),
+    Experiment(
         folder="multi_object_attention/addition",
         title="DRAM: sums of two digits, four glimpses",
         tag="validation/error",
