@@ -67,6 +67,7 @@ class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
     network: Literal["small", "large"] = "small"  # the network of DQN 2013 or of DQN 2015
     lstm: bool = False  # 256 LSTM cells after the last hidden layer
+    orthogonal_init: bool = False  # first weights are orthogonal (paper: as torch draws them)
     num_workers: int = os.cpu_count() or 1  # processes that play and learn
     envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
     t_max: int = 5  # steps of a segment, at most
@@ -107,10 +108,25 @@ class Segment(NamedTuple):
     lstm_state: tuple[Tensor, Tensor]  # 2 x [K, 256] before the first step
 
 
+def make_orthogonal(module: nn.Module, gain: float) -> None:
+    """Its weights become orthogonal matrices times gain, its biases 0 (Saxe et al. 2014)."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.orthogonal_(parameter, gain)
+        else:
+            nn.init.zeros_(parameter)
+
+
 class ActorCritic(nn.Module):
     """Policy pi and value V on one shared trunk (section 5.1)."""
 
-    def __init__(self, num_actions: int, network: Literal["small", "large"], lstm: bool):
+    def __init__(
+        self,
+        num_actions: int,
+        network: Literal["small", "large"],
+        lstm: bool,
+        orthogonal_init: bool = False,
+    ):
         super().__init__()
         if network == "small":  # Mnih et al. 2013
             layers = [nn.Conv2d(4, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU()]
@@ -124,6 +140,10 @@ class ActorCritic(nn.Module):
         self.lstm = nn.LSTMCell(width, 256) if lstm else None
         self.policy = nn.Linear(256 if lstm else width, num_actions)
         self.value = nn.Linear(256 if lstm else width, 1)
+        if orthogonal_init:
+            make_orthogonal(self.trunk, 2**0.5)
+            make_orthogonal(self.policy, 0.01)
+            make_orthogonal(self.value, 1)
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     @staticmethod
@@ -595,7 +615,7 @@ def run(args: Args) -> dict[str, float]:
     torch.set_num_threads(1)  # the cores are the workers'
     torch.manual_seed(args.seed)
     num_actions = make_env(args.env_id).action_space.n
-    net = ActorCritic(num_actions, args.network, args.lstm).share_memory()
+    net = ActorCritic(num_actions, args.network, args.lstm, args.orthogonal_init).share_memory()
     optimizer = SharedRMSProp(list(net.parameters()), args.rmsprop_decay, args.rmsprop_eps)
     for g in optimizer.g:
         g.fill_(args.rmsprop_start)

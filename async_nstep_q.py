@@ -66,6 +66,7 @@ class Args:
     algorithm: Literal["nstep-q", "onestep-q", "onestep-sarsa"] = "nstep-q"  # S1, or variants of 1
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
     network: Literal["small", "large"] = "small"  # the network of DQN 2013 or of DQN 2015
+    orthogonal_init: bool = False  # first weights are orthogonal (paper: as torch draws them)
     num_workers: int = os.cpu_count() or 1  # processes that play and learn
     envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
     t_max: int = 5  # steps of a segment, at most; I_AsyncUpdate of the one-step methods
@@ -105,10 +106,21 @@ class Transitions(NamedTuple):
     a_t: Tensor  # [N, K] Sarsa only: chosen in s_t, executed next unless the episode ended
 
 
+def make_orthogonal(module: nn.Module, gain: float) -> None:
+    """Its weights become orthogonal matrices times gain, its biases 0 (Saxe et al. 2014)."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.orthogonal_(parameter, gain)
+        else:
+            nn.init.zeros_(parameter)
+
+
 class QNetwork(nn.Module):
     """The action values Q(s, .) [..., A] of screens s [..., 84, 84, 4] in bytes."""
 
-    def __init__(self, num_actions: int, network: Literal["small", "large"]):
+    def __init__(
+        self, num_actions: int, network: Literal["small", "large"], orthogonal_init: bool = False
+    ):
         super().__init__()
         if network == "small":  # Mnih et al. 2013
             layers = [nn.Conv2d(4, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU()]
@@ -119,6 +131,9 @@ class QNetwork(nn.Module):
             layers += [nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU()]
         self.trunk = nn.Sequential(*layers)
         self.value = nn.Linear(layers[-2].out_features, num_actions)
+        if orthogonal_init:
+            make_orthogonal(self.trunk, 2**0.5)
+            make_orthogonal(self.value, 0.01)
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def forward(self, s: Tensor) -> Tensor:
@@ -602,7 +617,7 @@ def run(args: Args) -> dict[str, float]:
     torch.set_num_threads(1)  # the cores are the workers'
     torch.manual_seed(args.seed)
     num_actions = make_env(args.env_id).action_space.n
-    net = QNetwork(num_actions, args.network).share_memory()
+    net = QNetwork(num_actions, args.network, args.orthogonal_init).share_memory()
     target_net = QNetwork(num_actions, args.network).share_memory()
     copy_parameters(net, target_net)
     optimizer = SharedRMSProp(list(net.parameters()), args.rmsprop_decay, args.rmsprop_eps)

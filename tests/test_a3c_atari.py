@@ -171,6 +171,25 @@ def test_math_torch7_initialisation():
             assert p.abs().max() <= bound and (p.numel() < 200 or p.abs().max() > 0.98 * bound)
 
 
+def orthogonal(weight: torch.Tensor, gain: float) -> bool:
+    """Rows at right angles, or columns where there are more rows, all of length gain."""
+    W = weight.detach().flatten(1)
+    W = W if len(W) <= W.shape[1] else W.T
+    return torch.allclose(W @ W.T, gain**2 * torch.eye(len(W)), atol=1e-4)
+
+
+@pytest.mark.parametrize("lstm", (False, True))
+def test_math_orthogonal_init(lstm, tmp_path, monkeypatch):
+    monkeypatch.setattr(a3c_atari, "supervise", lambda *arguments: arguments)
+    args = Args(**TOY, lstm=lstm, orthogonal_init=True, run_dir=str(tmp_path))
+    _, (_, _, net, *_), *_ = a3c_atari.main(args)
+    assert isinstance(net, ActorCritic)
+    layers = [layer for layer in net.trunk if hasattr(layer, "weight")]
+    assert len(layers) == 3 and all(orthogonal(layer.weight, 2**0.5) for layer in layers)
+    assert orthogonal(net.policy.weight, 0.01) and orthogonal(net.value.weight, 1)
+    assert not any(p.any() for layer in (*layers, net.policy, net.value) for p in [layer.bias])
+
+
 def test_math_screens_enter_as_numbers_from_0_to_1():
     net = ActorCritic(4, "small", lstm=False)
     seen = []

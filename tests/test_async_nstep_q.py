@@ -438,6 +438,19 @@ def test_math_worker_follows_algorithms_1_and_s1(algorithm, monkeypatch):
     assert set(final_epsilons[6].tolist()) <= set(torch.tensor([0.1, 0.01, 0.5]).tolist())
 
 
+def test_math_orthogonal_init(tmp_path, monkeypatch):
+    monkeypatch.setattr(async_nstep_q, "supervise", lambda *arguments: arguments)
+    args = Args(**TOY, orthogonal_init=True, run_dir=str(tmp_path))
+    _, (_, _, net, target_net, *_), *_ = async_nstep_q.main(args)
+    assert all(map(torch.equal, net.parameters(), target_net.parameters()))
+    layers = [layer for layer in net.trunk if hasattr(layer, "weight")]
+    for layer, gain in [(layer, 2**0.5) for layer in layers] + [(net.value, 0.01)]:
+        W = layer.weight.detach().flatten(1)
+        torch.testing.assert_close(W @ W.T, gain**2 * torch.eye(len(W)), atol=1e-4, rtol=1e-4)
+        assert not layer.bias.any()
+    assert len(layers) == 3
+
+
 def test_math_the_workers_start_with_one_network_and_many_exploration_rates(tmp_path, monkeypatch):
     monkeypatch.setattr(async_nstep_q, "supervise", lambda *arguments: arguments)
     args = dataclasses.replace(Args(**TOY), envs_per_worker=30, run_dir=str(tmp_path))
