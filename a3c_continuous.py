@@ -1,7 +1,8 @@
 """Asynchronous advantage actor-critic (A3C) with continuous actions: pendulums, arms, runners.
 
     Paper    Mnih et al., "Asynchronous methods for deep reinforcement learning", ICML 2016
-    Shows    A3C learns motor control from states, or from pixels (section 5.3, supplement 9)
+    Shows    A3C learns motor control from the state; --pixels is its second form, which sees a
+               picture (section 5.3, supplement 9)
     Run      python a3c_continuous.py --num-workers 2 --total-timesteps 500000 --eval-episodes 30
     Result   978 (returns of 30 episodes; seeds 1, 2, 3: 1000, 947, 986) in 2 to 13 min, mostly
                beside other runs, on 2 cores of an AMD EPYC; 950 counts as solved

@@ -4,8 +4,6 @@
     Shows    A3C with an LSTM learns to explore mazes from RGB views (section 5.4, Labyrinth)
     Run      python a3c_maze.py --num-workers 2 --capture-video
     Result   not yet measured
-    Run      python a3c_maze.py --plain --num-workers 2 --total-timesteps 2000000
-    Result   not yet measured
 
 Departures: ours (the paper's)
     MiniWorld's mazes of square rooms, 3 x 3 (Labyrinth, which was never published in that form):
