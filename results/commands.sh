@@ -5,7 +5,8 @@
 set -e
 
 # a3c_atari.py: 2 processes x 8 games
-python a3c_atari.py --env-id PongNoFrameskip-v4 --num-workers 2 --envs-per-worker 8 --total-timesteps 10000000 --eval-episodes 30 --run-dir runs/a3c_atari/pong
+python a3c_atari.py --env-id PongNoFrameskip-v4 --orthogonal-init --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8 --total-timesteps 8000000 --eval-episodes 30 --run-dir runs/a3c_atari/pong/orthogonal-init__seed1
+python a3c_atari.py --env-id PongNoFrameskip-v4 --num-workers 2 --envs-per-worker 8 --total-timesteps 10000000 --eval-episodes 30 --run-dir runs/a3c_atari/pong/as-in-the-paper__seed1
 python a3c_atari.py --num-workers 2 --envs-per-worker 8 --total-timesteps 20000000 --eval-episodes 30 --run-dir runs/a3c_atari/breakout
 
 # a3c_continuous.py

@@ -67,7 +67,7 @@ EXPERIMENTS = [
         tag="charts/episodic_return",
         y="score of a training game",
         paper=11.4,
-        paper_label="paper: 11.4 after 80 M steps, human starts, large network",
+        paper_label="paper: 11.4 (80 M steps, human starts)",
         window=3,
     ),
     Experiment(
