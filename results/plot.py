@@ -55,19 +55,19 @@ class Experiment:
 
 EXPERIMENTS = [
     Experiment(
-        folder="a3c_atari/breakout",
-        title="A3C on Breakout, small network, 2 workers x 8 games",
-        tag="charts/episodic_return",
-        y="score of a training game",
-        window=3,
-    ),
-    Experiment(
         folder="a3c_atari/pong",
         title="A3C on Pong, small network, 2 workers x 8 games",
         tag="charts/episodic_return",
         y="score of a training game",
         paper=11.4,
         paper_label="paper: 11.4 (80 M steps, human starts)",
+        window=3,
+    ),
+    Experiment(
+        folder="a3c_atari/breakout",
+        title="A3C on Breakout, small network, 2 workers x 8 games",
+        tag="charts/episodic_return",
+        y="score of a training game",
         window=3,
     ),
     Experiment(
