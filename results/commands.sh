@@ -15,6 +15,7 @@ for seed in 1 2 3; do
     python a3c_continuous.py --env-id Pendulum-v1 --t-max 20 --discount 0.95 --num-workers 2 --total-timesteps 500000 --eval-episodes 30 --report-every 10000 --seed $seed --run-dir runs/a3c_continuous/pendulum/seed$seed
     python a3c_continuous.py --env-id Reacher-v5 --t-max 5 --discount 0.9 --reward-scale 0.1 --entropy-cost 1e-3 --num-workers 2 --total-timesteps 1000000 --eval-episodes 30 --report-every 20000 --seed $seed --run-dir runs/a3c_continuous/reacher/seed$seed
 done
+python a3c_continuous.py --env-id HalfCheetah-v5 --t-max 20 --learning-rate 1e-4 --entropy-cost 1e-3 --num-workers 2 --total-timesteps 10000000 --eval-episodes 30 --report-every 50000 --capture-video --run-dir runs/a3c_continuous/half_cheetah/seed1
 
 # prong.py: condition of the Fisher matrix
 for seed in 1 2 3; do

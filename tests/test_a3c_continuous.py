@@ -402,6 +402,26 @@ def test_math_mujoco_tasks_fit(env_id, D, A, tmp_path, monkeypatch):
     assert trajectory.s_tm1.shape == (3, 1, D) and trajectory.s_tm1.dtype == torch.float32
 
 
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "InvertedPendulum-v5"])
+def test_math_pictures_follow_a_runner(env_id, tmp_path, monkeypatch):
+    """Thirty metres on, a runner is still in the picture; a task without one is drawn, too."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        env = a3c_continuous.make_env(env_id, pixels=False, film=True)
+    except SystemExit as error:
+        pytest.skip(f"no OpenGL or no MuJoCo: {error}")
+    env.reset(seed=0)
+    seen = []
+    for metres in (0, 30):
+        at = env.unwrapped.data.qpos.copy()
+        at[0] = metres if env_id.startswith("HalfCheetah") else 0
+        env.unwrapped.set_state(at, env.unwrapped.data.qvel)
+        red, _, blue = env.render().astype(int).transpose(2, 0, 1)
+        seen.append((red - blue > 60).sum())  # the runner and the rail are red, the floor is not
+    env.close()
+    assert min(seen) > 1000  # of 230,400 pixels
+
+
 def test_math_evaluation_samples_whole_episodes_and_follows_its_seed(tmp_path, monkeypatch):
     torch.manual_seed(0)
     net, args, states, watched = GaussianActorCritic((2,), 2), Args(**TOY), [], []
