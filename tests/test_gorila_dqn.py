@@ -479,6 +479,23 @@ def test_math_learner_clips_rewards_and_takes_targets_as_constants(tmp_path, mon
     assert rewards == {-1, 1} and not y.requires_grad
 
 
+def test_math_learners_in_16_bits_round_features_but_not_q(tmp_path):
+    """A minibatch of the same steps for the same network, with and without."""
+    gradients, features = [], []
+    for bits in (False, True):
+        torch.manual_seed(0)
+        learner, _, server = toy_learner(tmp_path, bfloat16=bits, batch_size=32)
+        for net in (learner.net, learner.target_net):
+            net.q.register_forward_hook(lambda q, x, y: features.append((*x, y)))
+        learner.server = SimpleNamespace(pull=server.pull, push=lambda g, _: gradients.append(g))
+        assert learner.learn()
+    exact, rounded = gradients
+    assert 1e-4 < 1 - exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded) < 1e-2
+    for n, (x, q) in enumerate(features):  # two networks exactly, then both rounded
+        assert torch.equal(x, x.bfloat16().float()) == (n > 1)
+        assert q.dtype == torch.float32 and not torch.equal(q, q.bfloat16().float())
+
+
 class Screens(ReplayMemory):
     """A memory that notes what it is given."""
 

@@ -316,7 +316,7 @@ def test_math_dqn_learner_stores_what_happened_and_learns_from_the_successor(tmp
         ]
     seen = []
 
-    def forward(net, s, g):
+    def forward(net, s, g, bfloat16=False):
         seen.append((net, g, s[:, 0, 0, -1].tolist()))
         return torch.zeros(len(s), 2)
 
@@ -336,6 +336,27 @@ def test_gradient_dqn_reaches_its_network_and_not_the_target(tmp_path):
     loss.backward()
     assert learner.net.outputs[0][0].weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in learner.target_net.parameters())
+
+
+def test_math_learning_in_16_bits_rounds_features_but_no_outputs(tmp_path, monkeypatch):
+    """Those of the DQN and its target, then those of a student; acting rounds nothing."""
+    args = tiny_dqn(tmp_path, bfloat16=True, round_updates=1)
+    monkeypatch.setattr(policy_distillation, "distillation_loss", lambda S, q, _: S.square().sum())
+    net = policy_distillation.make_net(args, [2])
+    learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
+    seen = []
+    for outputs in (learner.net.outputs[0], learner.target_net.outputs[0]):
+        outputs.register_forward_hook(lambda _, x, y: seen.append((*x, y)))
+    learner.learn(20)  # acts alone
+    acted = len(seen)
+    learner.loss(0)
+    optimizer = policy_distillation.choose_optimizer(learner.net, args)
+    policy_distillation.learn_from_memories(learner.net, optimizer, learner.memories, args, 15)
+    assert (acted, len(seen)) == (20, 23)
+    for n, (x, outputs) in enumerate(seen):
+        assert torch.equal(x, x.bfloat16().float()) == (n >= acted)
+        assert outputs.dtype == torch.float32
+        assert not torch.equal(outputs, outputs.bfloat16().float())
 
 
 def test_math_dqn_updates_when_due_game_by_game_and_renews_its_target(tmp_path, monkeypatch):
@@ -367,7 +388,7 @@ def test_math_dqn_loss_is_that_of_a_loop_over_the_steps_it_stored(tmp_path, monk
     learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
     q = lambda net, t: np.array([t, -t]) / (10 if net is learner.net else 3)  # noqa: E731
 
-    def forward(net, s, g):
+    def forward(net, s, g, bfloat16=False):
         return torch.stack([torch.from_numpy(q(net, t)) for t in s[:, 0, 0, -1].tolist()])
 
     def sample(memory, size, end):
@@ -813,7 +834,7 @@ def test_math_a_rounds_updates_are_minibatches_of_games_drawn_at_random(tmp_path
         drawn.append((memories.index(memory), size, end))
         return torch.zeros(size).long(), torch.zeros(size).long()
 
-    def student(s, game=0):
+    def student(s, game=0, bfloat16=False):
         asked.append((game, len(s), 7))
         return torch.zeros(len(s), [2, 3][game])
 
