@@ -28,6 +28,7 @@ N <= t_max steps of a segment, A actions.
 
 import copy
 import csv
+import ctypes
 import difflib
 import math
 import operator
@@ -493,6 +494,7 @@ def worker(
 ) -> None:
     """One actor-learner (algorithm S2); it reports by putting (tag, value, step) on log."""
     torch.set_num_threads(1)
+    keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is a matter for the main process
     main_process, updates = mp.parent_process(), 0
     torch_seed, numpy_seed, env_seed = independent_seeds(3, args.seed, rank + 1, first_step)
@@ -573,6 +575,14 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
     return run_dir
 
 
+def keep_memory() -> None:
+    """Have glibc keep freed memory, which the system would otherwise clear anew in every step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # other C libraries have none
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
 FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
 
@@ -618,11 +628,6 @@ def drain(log, recent: dict[str, list[float]]) -> None:
         recent[tag].append(value)
 
 
-# Of the environment of the workers: glibc is to keep the memory they free, not to return it to the
-# system, which would clear it for them many times a second (a fifth of their time).
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "32000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
-
-
 def supervise(
     role: Callable, arguments: tuple, args: Args, T, log, writer, seconds: float, save, evaluate_now
 ) -> dict[str, float]:
@@ -636,7 +641,6 @@ def supervise(
     bar = tqdm(total=args.total_timesteps, initial=counter.value, unit="step", disable=None)
     last_step, last_time, last_evaluation = counter.value, time.perf_counter(), counter.value
     recent, finished = defaultdict(list), False
-    os.environ |= KEEP_MEMORY
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit that
     workers = mp.spawn(role, arguments, nprocs=args.num_workers, join=False)
     try:

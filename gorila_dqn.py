@@ -49,12 +49,14 @@ step is one decision of the agent, 4 frames of the emulator.
 """
 
 import csv
+import ctypes
 import difflib
 import math
 import os
 import queue
 import signal
 import socket
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -231,6 +233,7 @@ class ParameterServerShard:
     """
 
     def __init__(self, path: Path, args: Args):
+        keep_memory()
         with np.load(path) as saved:
             self.theta, self.G = saved["theta"], saved["G"]
             self.version, self.stale, self.lost = (
@@ -410,6 +413,7 @@ class Actor:
         net: DeepQNetwork | None = None,
     ):
         torch.set_num_threads(1)
+        keep_memory()
         self.ring = rank if args.replay == "global" else 0
         self.args, self.server, self.replay, self.wait = args, server, replay, wait
         self.net = net or DeepQNetwork(num_actions)
@@ -475,6 +479,7 @@ class Learner:
         net: DeepQNetwork | None = None,
     ):
         torch.set_num_threads(1)
+        keep_memory()
         self.args, self.server, self.replay, self.wait = args, server, replay, wait
         self.net = net or DeepQNetwork(num_actions)
         self.target_net = DeepQNetwork(num_actions)
@@ -675,14 +680,9 @@ def evaluate(
     }
 
 
-# Of the environment of the workers: glibc is to keep the memory they free, not to return it to the
-# system, which would clear it for them many times a second (a fifth of their time).
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "32000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
-
-
 def connect(args: Args) -> None:
     """Start Ray on this machine, or join the cluster at --ray-address."""
-    os.environ |= KEEP_MEMORY | {"RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"  # else a warning that handles are arguments
     settings = {"log_to_driver": False, "logging_level": "ERROR"}
     if args.ray_address:
@@ -878,6 +878,14 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
             f"{run_dir} cannot be written to ({error}): choose another folder."
         ) from None
     return run_dir
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed memory, which the system would otherwise clear anew in every step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # other C libraries have none
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")

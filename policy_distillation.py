@@ -82,11 +82,13 @@ Shapes: B screens, A actions of a game, K games side by side. A step is one deci
 
 import copy
 import csv
+import ctypes
 import difflib
 import math
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -613,6 +615,7 @@ def collector(
     With states, those of its games by kind, another process goes on as this one would have.
     """
     torch.set_num_threads(1)
+    keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is a matter for the main process
     main_process, K, steps = mp.parent_process(), args.envs_per_collector, lane_steps(args)
     memories = student_memories(args, folder, [teacher.num_actions[0] for teacher in teachers])
@@ -638,7 +641,6 @@ def collector(
 @contextmanager
 def collectors_at_work(args: Args, *others) -> Iterator[mp.ProcessContext]:
     """Processes that wait for rounds to play; whatever happens, none is left."""
-    os.environ |= KEEP_MEMORY
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the collectors inherit that
     collectors = mp.spawn(collector, (args, *others), args.num_collectors, False, daemon=True)
     try:
@@ -772,6 +774,14 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no GPU here; leave the flag out.")
     return name
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed memory, which the system would otherwise clear anew in every step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # other C libraries have none
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
@@ -965,11 +975,6 @@ def train_teacher(
         yield learner.steps, due, metrics, learner.state_dict()
 
 
-# Of the environment of the workers: glibc is to keep the memory they free, not to return it to the
-# system, which would clear it for them many times a second (a fifth of their time).
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "32000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
-
-
 def distill(
     net: GameNetwork, teachers: nn.ModuleList, args: Args, folder: Path, checkpoint: dict
 ) -> Iterator[tuple[int, bool, dict[str, float], dict]]:
@@ -1101,6 +1106,7 @@ def run(args: Args) -> dict[str, float]:
 
 def main(args: Args) -> dict[str, float]:
     check(args)
+    keep_memory()
     try:
         return run(args)
     except KeyboardInterrupt:  # before or after training

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import multiprocessing
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -749,6 +750,28 @@ def test_command_line_ctrl_c_while_workers_start(tmp_path):
     os.killpg(run.pid, signal.SIGINT)
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 1 and "Traceback" not in errors
+
+
+def faults(measured) -> None:
+    """Pages that the system clears while ten times 8 MB are used and freed, ten times."""
+    import resource
+
+    a3c_atari.keep_memory()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        [np.ones(1_000_000) for _ in range(10)]
+    measured.put(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_command_line_freed_memory_is_kept():
+    """8 MB are 2,000 pages of 4 kB."""
+    spawn = multiprocessing.get_context("spawn")
+    measured = spawn.Queue()
+    process = spawn.Process(target=faults, args=(measured,))
+    process.start()
+    assert measured.get(timeout=60) < 50_000  # once all of them
+    process.join()
 
 
 def test_command_line_breakout(tmp_path):

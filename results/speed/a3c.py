@@ -26,7 +26,6 @@ from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import median
-from unittest.mock import patch
 
 import ale_py
 import gymnasium as gym
@@ -183,9 +182,7 @@ def measure(contender: Contender, args: Args) -> dict[str, float]:
     T = mp.get_context("spawn").Value("q", 0)
     worker, arguments, how_many = contender.prepare(args, T)
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for this process alone
-    ours = contender.prepare.func in (a3c, async_q)
-    with patch.dict(os.environ, a3c_atari.KEEP_MEMORY if ours else {}):  # as supervise does
-        workers = mp.spawn(worker, arguments, how_many, join=False)
+    workers = mp.spawn(worker, arguments, how_many, join=False)
     signal.signal(signal.SIGINT, on_ctrl_c)
     try:
         while T.value == 0:
@@ -259,7 +256,7 @@ def compose(rows: list[Contender], args: Args, where: str) -> str:
     goals = "\n".join(line for row in rows if row.goals for line in judge(row, table[row.name]))
     given = {key: value for key, value in asdict(args).items() if value != ""}
     flags = [f"--{key.replace('_', '-')} {value}" for key, value in given.items()]
-    note = "SB3 is Stable-Baselines3, the fastest of its configurations, without KEEP_MEMORY."
+    note = "SB3 is Stable-Baselines3, the fastest of its configurations, without keep_memory."
     if not importlib.util.find_spec("stable_baselines3"):
         note = "For the missing rows of SB3: pip install -r results/speed/requirements.txt"
     return f"""# Speed of a3c_atari.py

@@ -84,8 +84,7 @@ def emulator_worker(rank: int, env_id: str, T) -> None:
 def measure_processes(role: Callable, arguments: tuple, T, args: Args) -> float:
     """Steps per second of role(rank, *arguments), from fresh processes to none left."""
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for this process alone
-    with patch.dict(os.environ, policy_distillation.KEEP_MEMORY):  # as collectors_at_work does
-        workers = mp.spawn(role, arguments, args.num_processes, join=False)
+    workers = mp.spawn(role, arguments, args.num_processes, join=False)
     signal.signal(signal.SIGINT, on_ctrl_c)
     try:
         while T.value == 0:
@@ -269,6 +268,7 @@ def main(args: Args) -> str:
     where, tables = machine(), contenders()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.num_processes])
     torch.set_num_threads(args.num_processes)
+    policy_distillation.keep_memory()
     plan = [(unit, row) for unit, rows in tables.items() for row in rows] * args.rounds
     try:
         for unit, row in tqdm(plan, unit="contender", disable=None):

@@ -28,7 +28,6 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.multiprocessing as mp
@@ -146,13 +145,12 @@ def learn_with_sb3(args: Args, told) -> None:
     agent.learn(total_timesteps=10**12, callback=on_step)
 
 
-def elsewhere(learn: Callable, environment: dict[str, str], args: Args) -> Iterator[Progress]:
+def elsewhere(learn: Callable, args: Args) -> Iterator[Progress]:
     """What a function tells that learns in a process of its own, for ever."""
     spawn = mp.get_context("spawn")
     told = spawn.Queue()
     process = spawn.Process(target=learn, args=(args, told))
-    with patch.dict(os.environ, environment):
-        process.start()
+    process.start()
     try:
         while process.is_alive():
             try:
@@ -169,14 +167,11 @@ def contenders() -> list[Contender]:
     rows = [
         Contender("gorila_dqn.py, 2 bundles", partial(on_ray, 2), {TIMES: 1.5, WIRE: 30}),
         Contender("gorila_dqn.py, 1 bundle", partial(on_ray, 1), {WIRE: 30}),
-        Contender(
-            "its classes in one process, without Ray",
-            partial(elsewhere, learn_alone, gorila_dqn.KEEP_MEMORY),
-        ),
+        Contender("its classes in one process, without Ray", partial(elsewhere, learn_alone)),
     ]
     if importlib.util.find_spec("stable_baselines3"):
         name = f"SB3 {version('stable-baselines3')} DQN"
-        rows.append(Contender(name, partial(elsewhere, learn_with_sb3, {})))
+        rows.append(Contender(name, partial(elsewhere, learn_with_sb3)))
     return rows
 
 
@@ -253,7 +248,7 @@ def compose(rows: list[Contender], args: Args, where: str) -> str:
     goals = "\n".join(line for row in rows for line in judge(row, table[row.name]))
     given = {key: value for key, value in asdict(args).items() if value != ""}
     flags = [f"--{key.replace('_', '-')} {value}" for key, value in given.items()]
-    note = "SB3 is Stable-Baselines3 with as many torch threads as cores, without KEEP_MEMORY."
+    note = "SB3 is Stable-Baselines3 with as many torch threads as cores, without keep_memory."
     if not importlib.util.find_spec("stable_baselines3"):
         note = "For the missing row of SB3: pip install -r results/speed/requirements.txt"
     return f"""# Speed of gorila_dqn.py
