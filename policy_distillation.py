@@ -5,11 +5,13 @@
                one student of several games beats a DQN trained on all of them (table B2)
     Run      python policy_distillation.py --stage teacher --env-ids PongNoFrameskip-v4
                --total-timesteps 1000000 --epsilon-timesteps 100000 --final-epsilon 0.01
-               --target-period 1000 --learning-starts 10000 --run-dir runs/pong
+               --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4
+               --bfloat16 --run-dir runs/pong
     Result   not yet measured
     Run      python policy_distillation.py --stage teacher --env-ids FreewayNoFrameskip-v4
                --total-timesteps 1000000 --epsilon-timesteps 100000 --final-epsilon 0.01
-               --target-period 1000 --learning-starts 10000 --run-dir runs/freeway
+               --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4
+               --bfloat16 --run-dir runs/freeway
     Result   not yet measured
     Run      python policy_distillation.py --total-rounds 10 --student same
                --teachers runs/pong/checkpoint.pt
@@ -50,7 +52,7 @@
     Result   not yet measured
     Run      python policy_distillation.py --stage teacher --total-timesteps 2000000
                --epsilon-timesteps 200000 --final-epsilon 0.01 --target-period 1000
-               --learning-starts 10000
+               --learning-starts 10000 --optimizer adam --learning-rate 1e-4 --bfloat16
                --teachers runs/pong/checkpoint.pt runs/freeway/checkpoint.pt
     Result   not yet measured
 
@@ -70,7 +72,8 @@ Departures: ours (the paper's)
     Multi-DQN: its games and their updates take turns ("evenly interleaved"); exploration, updates
       and target count the steps of all games together, the memory and learning_starts those of
       each game (not told)
-    ours alone, off by default: --bfloat16, --optimizer adam
+    ours alone, off by default: --bfloat16, --optimizer adam (for DQN in the Run lines, as in later
+      public baselines)
     the DQN's target network follows every 10,000 steps (DQN 2015: updates, of four steps each); it
       does not learn from steps that run into the time limit (not told)
 
