@@ -111,7 +111,7 @@ class Args:
     optimizer: Literal["adagrad", "sgd"] = "adagrad"  # of the parameter server
     learning_rate: float = 2e-3  # of the gradient of a minibatch's mean loss
     adagrad_start: float = 1e-6  # AdaGrad's G before the first update
-    bfloat16: bool = False  # learners compute in 16 bits: two thirds of the time
+    bfloat16: bool = False  # learns in 16 bits: two thirds of the time of a minibatch
     # The run
     report_every: int = 10_000  # steps between two reports, each with a checkpoint
     shard_save_every: int = 1_000  # updates between a shard's own checkpoints: its loss if it dies

@@ -152,7 +152,7 @@ class Args:
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # rmsprop: centred, decay 0.95, as DQN's
     learning_rate: float = 2.5e-4  # of students and DQN (paper: 1e-4 to 1e-3)
     max_learning_rate: float = 0.08  # rmsprop: its epsilon is learning_rate / this
-    bfloat16: bool = False  # DQN and students learn in 16 bits: two thirds of the time
+    bfloat16: bool = False  # learns in 16 bits: two thirds of the time of a minibatch
     # The run
     num_collectors: int = 2  # processes in which teachers play; another number, other results
     envs_per_collector: int = 8  # K, games of a kind that a collector plays side by side

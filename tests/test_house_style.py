@@ -180,6 +180,13 @@ def top_level(source: str) -> dict[str, str]:
     return texts
 
 
+@each_script
+def test_every_function_is_used(path):
+    tree = parse(path)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} <= used
+
+
 def test_equal_names_have_equal_text():
     texts = defaultdict(lambda: defaultdict(list))
     for path in SCRIPTS:

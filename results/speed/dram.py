@@ -229,7 +229,7 @@ def main(args: Args) -> str:
     if not Path(args.output).parent.is_dir():
         raise SystemExit(f"There is no folder for --output {args.output}.")
     torch.manual_seed(1)
-    dram.keep_memory()  # a gain for both
+    dram.keep_memory()  # for both networks, as in a run
     where = machine()
     rows = [contender(task, model, args) for task in args.tasks for model in ("dram", "conv")]
     try:
