@@ -1,4 +1,4 @@
-"""Asynchronous advantage actor-critic (A3C) in 3D mazes: apples, a portal, a new maze each time.
+"""Asynchronous advantage actor-critic (A3C) in 3D mazes: apples and a portal, seen from inside.
 
     Paper    Mnih et al., "Asynchronous methods for deep reinforcement learning", ICML 2016
     Shows    A3C with an LSTM learns to explore mazes from RGB views (section 5.4, Labyrinth)
@@ -7,23 +7,24 @@
 
 Departures: ours (the paper's)
     MiniWorld's mazes of square rooms, 3 x 3 (Labyrinth, which was never published in that form):
-      at most 192 ways to set their walls, so that those of an evaluation are hardly new
+      they have 14 sets of walls, all of them seen in training; where apples, portal and agent are
+      is new in every episode
     4 apples, small green boxes (not told); an episode of 900 steps is 60 s at 30 frames/s
-    a step is 2 frames, 0.3 m or 30 degrees (4 frames in the other domains); three actions
+    a step is 2 frames, 0.3 m or 30 degrees (4 frames on Atari; here not told); three actions
     the end of the time cuts a return off with V, as the end of a segment does (not told)
-    segments of 20 steps (5 in the other domains); 256 LSTM cells after the network of DQN 2013,
-      which sees one RGB view (after that of DQN 2015, with four screens, on Atari; here not told)
-    learning rate 2e-4 (searched), RMSProp's epsilon 1e-7, gradient norm 40 (not told)
-    gradient of V: (R - V) / 2 (2 (R - V)); rewards are not clipped; discount 0.99, entropy cost
-      0.01 as on Atari; evaluation samples from pi, as training does (not told)
+    segments of 20 steps (5 on Atari; here not told); the network of DQN 2013 on one RGB view, then
+      256 LSTM cells (on Atari that of DQN 2015, on four screens; here not told)
+    learning rate 2e-4 (searched), falling to 0; RMSProp's decay 0.99, epsilon 1e-7, gradient norm
+      40; discount 0.99 and entropy cost 0.01 as on Atari, rewards as they are (not told)
+    gradient of V: (R - V) / 2 (2 (R - V)); evaluation samples from pi, as training does (not told)
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
     --plain, the task that MiniWorld or VizDoom itself sets, is none of the paper's;
       VizdoomMyWayHome-v1 needs it and pip install vizdoom
 
 Symbols: theta shared parameters; g running average of their squared gradients; T steps taken by
 all workers; a_tm1 taken in s_tm1 gives r_t and s_t; R n-step return; V value; pi policy.
-Shapes: K = 1 maze of a worker (two MiniWorlds in a process would overwrite each other's walls),
-N <= t_max steps of a segment, A actions.
+Shapes: K = 1 maze of a worker (of two MiniWorlds in a process only the one that was reset last
+shows its own walls), N <= t_max steps of a segment, A actions.
 """
 
 import copy
@@ -74,14 +75,14 @@ class Args:
     entropy_cost: float = 0.01  # beta
     value_cost: float = 0.5  # factor on (R - V)^2 / 2
     # Optimisation
-    total_timesteps: int = 6_000_000  # of all workers together
+    total_timesteps: int = 5_000_000  # of all workers together
     learning_rate: float = 2e-4  # at the start; falls linearly to 0
     rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 1e-7  # inside the root
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
     # The run
     report_every: int = 50_000  # steps between two reports, each with a checkpoint
-    eval_every: int = 0  # steps between two evaluations during training; 0: only at the end
+    eval_every: int = 0  # steps, at least, between two evaluations; 0: only at the end
     eval_episodes: int = 10  # whole games of an evaluation
     random_walk: bool = False  # evaluations ignore the policy and walk at random, for comparison
     capture_video: bool = False  # write the first game of an evaluation as a GIF
@@ -183,7 +184,7 @@ def policy_entropy(logits: Tensor) -> Tensor:
 def maze_a3c_loss(net: MazeActorCritic, walk: Walk, args: Args) -> tuple[Tensor, dict[str, float]]:
     """Algorithm S2's sum over a walk with section 4's entropy; its parts, a step's mean each."""
     logits, v, _ = net(walk.s_tm1, walk.lstm_state)
-    cut = torch.zeros_like(walk.terminated)  # nowhere but after the last step
+    cut = torch.zeros_like(walk.terminated)  # nowhere within a walk
     R = n_step_returns(walk.r_t, walk.terminated, cut, walk.v_t, args.discount)
     pi_loss = policy_loss(logits, walk.a_tm1, R - v)
     v_loss = value_loss(R - v)
@@ -251,7 +252,7 @@ class Labyrinth(gym.Wrapper):
         from miniworld.entity import Box
 
         self.env.reset(seed=seed, options=options)  # a new maze
-        apples = (Box("green", size=0.5) for _ in range(self.num_apples))  # a Ball takes 0.7 ms
+        apples = (Box("green", size=0.5) for _ in range(self.num_apples))  # Ball: 0.7 ms a view
         self.apples = [self.world.place_entity(apple) for apple in apples]
         for apple in self.apples:
             apple.randomize(self.world.params, None)  # gives it its colour
@@ -265,7 +266,7 @@ class Labyrinth(gym.Wrapper):
         while touches:
             entities.remove(self.world.agent)  # place_agent appends it again
             self.world.place_agent()
-            touches = any(self.world.near(ent) for ent in (self.world.box, *self.apples))
+            touches = any(self.world.near(x) for x in (self.world.box, *self.apples))
 
     def move(self, action: int) -> None:
         """One frame of movement; MiniWorld's own step also draws, which takes most of its time."""
@@ -308,7 +309,7 @@ def make_env(args: Args) -> gym.Env:
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("PYGLET_HEADLESS", "true")  # draws without a screen
     os.environ.setdefault("PYGLET_DEBUG_GL", "false")  # no look for errors after every call
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa draws in this process: the cores are taken
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa without threads: workers fill the cores
     settings = {}
     try:
         if args.env_id.startswith("Vizdoom"):
@@ -458,7 +459,7 @@ def evaluate(
         games.append(info["episode"])
         labyrinths += [info["labyrinth"]] if "labyrinth" in info else []
     if film:
-        pictures[0].save(film, save_all=True, append_images=pictures[1:], duration=67, loop=0)
+        write_gif(pictures, film, 67)
     env.close()
     return {
         "eval/episodic_return": float(np.mean([game["r"] for game in games])),
@@ -520,6 +521,15 @@ def worker(
                 log.put((tag, value, step))
 
 
+def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) -> None:
+    """An endless film; where it cannot be written, a line says so and the run goes on."""
+    first, *others = pictures
+    try:
+        first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
+    except OSError as error:
+        tqdm.write(f"{path} cannot be written to ({error}).")
+
+
 def report(writer, step: int, metrics: dict[str, float]) -> None:
     """The same numbers to the terminal, to tensorboard and to metrics.csv."""
     tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -560,13 +570,13 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
-    if not args.resume and (run_dir / "checkpoint.pt").exists():
-        raise SystemExit(
-            f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
-            "another --run-dir begins anew."
-        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if (run_dir / "checkpoint.pt").exists() and Path(args.resume).name != "checkpoint.pt":
+            raise SystemExit(
+                f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
+                "another --run-dir begins anew."
+            )
         (run_dir / "metrics.csv").touch()
     except OSError as error:
         raise SystemExit(
@@ -583,8 +593,10 @@ def keep_memory() -> None:
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
+# Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
 FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start")
 
 
 def check(args: Args) -> None:
@@ -596,11 +608,12 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
-    if getattr(args, "rmsprop_eps", 1) == 0:
-        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
+        if field.name in POSITIVE and field.default and np.float32(value) == 0:
+            raise SystemExit(f"{flag} must be above 0 in 32 bits, not at {value}.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
-    if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
+    folders = Path(args.run_dir).resolve(), Path(args.resume).parent.resolve()
+    if args.resume and args.run_dir and folders[0] != folders[1]:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
 
 

@@ -13,7 +13,7 @@
     Actor --steps--> ReplayMemory --minibatches--> Learner --gradients, versions--.
       ^                                               ^                           |
       | W+ when an episode begins,                    | W+ and its versions       |
-      | and every --pull-every steps                  | before each minibatch     v
+      | and every --pull-every steps                  | for each minibatch        v
       '-----------------------------------------------'------- ParameterServerShard 1 ... K
 
 --replay local bundles an actor, a memory and a learner in one process, where they share one
@@ -29,23 +29,25 @@ Departures: ours (the paper's, or what is known of it)
     an update every 4 steps (every step); both sides wait for each other to keep that ratio
     target network every 2,500 updates (60,000), exploration falls during 62,500 (1 million): 10,000
       and 250,000 steps here; a learner that restarts takes the current parameters as its target
+    a shard that dies falls back to its last own checkpoint, and may apply a gradient twice whose
+      answer it owed; a memory that dies starts empty and waits for its first steps again (not told)
     actors fetch parameters every 100 steps within an episode, in a bundle with each minibatch, too
       (every step); each shard judges by itself whether a gradient is too old (not told)
     a memory of 1 million steps shared out among the actors (1 million each), 50,000 of them before
       the first update (none)
     AdaGrad with learning rate 2e-3 and G = 1e-6 at the start, gradients at most 100 versions old
-      (not told); outliers 5 deviations above an exponential mean, after 1,000 minibatches
-      ("several", a running mean)
+      (not told); outliers by the minibatch's mean clipped loss (its absolute loss), 5 deviations
+      above an exponential mean, after 1,000 minibatches ("several", a running mean)
     TD errors clipped to [-1, 1] as in DQN 2015 (algorithm 1 writes the plain square)
     ours alone, off by default: --bfloat16, --optimizer sgd
-    training episodes end with a life; of the paper's two protocols the one with no-op starts (human
-      starts were never published)
+    training episodes end with a life (not told); of the paper's two protocols the one with no-op
+      starts (human starts were never published)
 
 Symbols: theta (W+) the parameters, G AdaGrad's sum of squared gradients, y target of Q, theta^-
 parameters of the target network; a_tm1 taken in s_tm1 gives r_t and s_t; epsilon exploration rate;
 a version counts the gradients that a shard has applied.
-Shapes: B steps of a minibatch, A actions, K shards (of screens and actions: games side by side). A
-step is one decision of the agent, 4 frames of the emulator.
+Shapes: B steps of a minibatch, A actions, K shards (for screens and actions: K games side by side).
+A step is one decision of the agent, 4 frames of the emulator.
 """
 
 import csv
@@ -114,11 +116,11 @@ class Args:
     bfloat16: bool = False  # learns in 16 bits: two thirds of the time of a minibatch
     # The run
     report_every: int = 10_000  # steps between two reports, each with a checkpoint
-    shard_save_every: int = 1_000  # updates between a shard's own checkpoints: its loss if it dies
+    shard_save_every: int = 1_000  # updates between a shard's checkpoints; a death undoes fewer
     patience: float = 120.0  # seconds without an answer before a process counts as lost for good
     ray_address: str = ""  # of a Ray cluster, host:port or auto; default: Ray on this machine alone
     object_store_mb: int = 200  # memory of Ray for what is on the wire, if it is our own Ray
-    eval_every: int = 0  # steps between two evaluations during training; 0: only at the end
+    eval_every: int = 0  # steps, at least, between two evaluations; 0: only at the end
     eval_episodes: int = 30  # whole games of an evaluation
     eval_epsilon: float = 0.05  # exploration in evaluation
     capture_video: bool = False  # write the first game of an evaluation as a GIF
@@ -218,7 +220,7 @@ class LossStatistics:
 
 
 def write_slice(path: Path, **state) -> None:
-    """Whole or not at all, like save_checkpoint."""
+    """Save a shard: a crash leaves the old file or the new one, whole."""
     with open(path.with_suffix(".part"), "wb") as file:
         np.savez(file, **state)
     path.with_suffix(".part").replace(path)
@@ -252,7 +254,7 @@ class ParameterServerShard:
     def push(self, gradient: np.ndarray, version: int) -> None:
         """Apply a gradient that was computed from some version, unless that is too old.
 
-        A version that is yet to come is one that a crash has undone: dropped as well.
+        A version above the shard's own was undone by a crash; its gradient is dropped as well.
         """
         if not 0 <= self.version - version <= self.args.max_staleness:
             self.stale += 1
@@ -277,7 +279,10 @@ def here(answer: Any) -> Any:
 
 
 class ParameterServer:
-    """All shards as one: theta is their slices, end to end. wait gets what a call returns."""
+    """All shards as one: theta is their slices, end to end.
+
+    wait turns what a shard's method returned into its value.
+    """
 
     def __init__(self, shards: Sequence[ParameterServerShard], wait: Callable = here):
         self.shards, self.wait, self.pushed = shards, wait, []
@@ -358,8 +363,8 @@ class ReplayMemory:
         a_tm1, r_t, terminated, age = (
             self.steps[name][ring, i] for name in ("a_tm1", "r_t", "terminated", "age")
         )
-        last, last_age = np.where(terminated, (i, age), (i + 1, age + 1))
-        s_tm1, s_t = self.stack(ring, i, age), self.stack(ring, last, last_age)
+        after, age_after = np.where(terminated, (i, age), (i + 1, age + 1))  # an end has no s_t
+        s_tm1, s_t = self.stack(ring, i, age), self.stack(ring, after, age_after)
         return Minibatch(s_tm1, a_tm1.astype(np.int64), r_t, terminated, s_t)
 
     def get_pid(self) -> int:
@@ -386,7 +391,7 @@ class ReplayMemory:
         return screens.transpose(0, 2, 3, 1)
 
 
-ROUND = 100  # steps that a player makes, or is worth learning from, before it reports
+ROUND = 100  # steps of an actor between two reports; of a learner, those it may learn from
 AHEAD = 1_000  # steps without their minibatches at which actors wait for the learners
 PAUSE = 0.01  # seconds of a wait
 
@@ -493,7 +498,7 @@ class Learner:
         theta, self.versions = self.server.pull()
         write_parameters(theta, self.net)
         number = min(self.versions) // self.args.target_period
-        if number != self.target_number:
+        if number > self.target_number:  # it may be smaller: a shard has died
             write_parameters(theta, self.target_net)
             self.target_number = number
 
@@ -672,7 +677,7 @@ def evaluate(
                     picture = envs[0].render() if envs[0].render_mode else screens[..., -1]
                     pictures.append(Image.fromarray(picture))
     if film:
-        pictures[0].save(film, save_all=True, append_images=pictures[1:], duration=67, loop=0)
+        write_gif(pictures, film, 67)
     return {
         "eval/episodic_return": float(np.mean([game["r"] for game in games])),
         "eval/episodic_return_std": float(np.std([game["r"] for game in games])),
@@ -747,7 +752,7 @@ def wait_for(answers: Any, patience: float) -> Any:
 
 
 class Gorila:
-    """The components on Ray: who there is, what they are at, what they have reported."""
+    """The components on Ray, the rounds that they are at, and what they have reported."""
 
     def __init__(self, net: DeepQNetwork, start: dict[str, Any], args: Args, folder: Path):
         self.interrupt = Interrupt()
@@ -787,7 +792,9 @@ class Gorila:
     def attend(self, seconds: float, go_on: bool = True) -> None:
         """Wait for the end of a round, take its report, and begin the next if it is to go on."""
         self.interrupt.heed()
-        ended, _ = ray.wait(list(self.rounds), timeout=seconds)
+        rounds = list(self.rounds)
+        ray.wait(rounds, timeout=seconds)  # for one
+        ended, _ = ray.wait(rounds, num_returns=len(rounds), timeout=0)  # and all that are there
         for answer in ended:
             name, _ = self.rounds.pop(answer)
             pid, counts, log = self.wait(answer)
@@ -823,6 +830,15 @@ class Gorila:
         self.counts["stale"] = max(state["stale"] for state in states)
         self.counts["lost_updates"] = self.lost_before + sum(state["lost"] for state in states)
         return states
+
+
+def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) -> None:
+    """An endless film; where it cannot be written, a line says so and the run goes on."""
+    first, *others = pictures
+    try:
+        first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
+    except OSError as error:
+        tqdm.write(f"{path} cannot be written to ({error}).")
 
 
 def report(writer, step: int, metrics: dict[str, float]) -> None:
@@ -865,13 +881,13 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
-    if not args.resume and (run_dir / "checkpoint.pt").exists():
-        raise SystemExit(
-            f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
-            "another --run-dir begins anew."
-        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if (run_dir / "checkpoint.pt").exists() and Path(args.resume).name != "checkpoint.pt":
+            raise SystemExit(
+                f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
+                "another --run-dir begins anew."
+            )
         (run_dir / "metrics.csv").touch()
     except OSError as error:
         raise SystemExit(
@@ -888,8 +904,10 @@ def keep_memory() -> None:
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
+# Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
 FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start")
 
 
 def check(args: Args) -> None:
@@ -901,11 +919,12 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
-    if getattr(args, "rmsprop_eps", 1) == 0:
-        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
+        if field.name in POSITIVE and field.default and np.float32(value) == 0:
+            raise SystemExit(f"{flag} must be above 0 in 32 bits, not at {value}.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
-    if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
+    folders = Path(args.run_dir).resolve(), Path(args.resume).parent.resolve()
+    if args.resume and args.run_dir and folders[0] != folders[1]:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
 
 
@@ -916,14 +935,19 @@ def check_architecture(args: Args) -> None:
             "--replay local bundles one actor with one learner: --num-actors and --num-learners "
             f"must be equal, not {args.num_actors} and {args.num_learners}."
         )
-    if args.adagrad_start == 0:
-        raise SystemExit("--adagrad-start must be above 0: AdaGrad divides by its root.")
     if args.optimizer == "sgd" and args.adagrad_start != Args.adagrad_start:
         raise SystemExit("--adagrad-start is for --optimizer adagrad: leave it out.")
     if args.steps_per_update > ROUND:
         raise SystemExit(
             f"--steps-per-update must be at most {ROUND}, not {args.steps_per_update}."
         )
+    if args.total_timesteps <= args.learning_starts and not args.evaluate:
+        raise SystemExit(
+            f"--total-timesteps {args.total_timesteps} ends a run before it learns: "
+            f"--learning-starts is {args.learning_starts}."
+        )
+    if args.object_store_mb < 75:
+        raise SystemExit(f"--object-store-mb must be at least 75, not {args.object_store_mb}.")
     least = max(args.learning_starts, 2 * ROUND * args.num_actors)
     if args.replay_capacity < least:
         raise SystemExit(
@@ -967,7 +991,7 @@ def stopped(run_dir: str | Path, finished: bool = False) -> SystemExit:
 
 def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -> dict[str, float]:
     """Run Gorila on from a checkpoint whose parameters net has; returns the last report."""
-    from torch.utils.tensorboard import SummaryWriter  # not above: other processes need it not
+    from torch.utils.tensorboard import SummaryWriter  # here: other processes do not need it
 
     folder, path = run_dir.resolve() / "shards", run_dir / "checkpoint.pt"
     folder.mkdir(exist_ok=True)
@@ -980,9 +1004,15 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
     recent, finished = defaultdict(list), False
 
     def save(seconds: float) -> list[dict[str, Any]]:
-        """Put the shards' slices together; versions may differ by what was under way or dropped."""
+        """Put the shards' slices together; versions differ by gradients on the way or dropped."""
         states = gorila.inspect()
-        write_parameters(np.concatenate([state["theta"] for state in states]), net)
+        theta = np.concatenate([state["theta"] for state in states])
+        if not np.isfinite(theta).all():
+            raise SystemExit(
+                f"Parameters are infinite at step {gorila.counts['steps']}: the run stops. The "
+                "last checkpoint is the one before; a smaller --learning-rate often helps."
+            )
+        write_parameters(theta, net)
         parts = {"net": net.state_dict(), "versions": [state["version"] for state in states]}
         parts["G"] = torch.from_numpy(np.concatenate([state["G"] for state in states]))
         told = {"counts": dict(gorila.counts), "seconds": seconds, "args": asdict(args)}
@@ -1092,6 +1122,7 @@ def main(args: Args) -> dict[str, float]:
     finally:
         ray.shutdown()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

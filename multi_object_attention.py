@@ -939,13 +939,13 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
-    if not args.resume and (run_dir / "checkpoint.pt").exists():
-        raise SystemExit(
-            f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
-            "another --run-dir begins anew."
-        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if (run_dir / "checkpoint.pt").exists() and Path(args.resume).name != "checkpoint.pt":
+            raise SystemExit(
+                f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
+                "another --run-dir begins anew."
+            )
         (run_dir / "metrics.csv").touch()
     except OSError as error:
         raise SystemExit(
@@ -992,8 +992,10 @@ def keep_memory() -> None:
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
+# Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
 FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start")
 
 
 def check(args: Args) -> None:
@@ -1005,11 +1007,12 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
-    if getattr(args, "rmsprop_eps", 1) == 0:
-        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
+        if field.name in POSITIVE and field.default and np.float32(value) == 0:
+            raise SystemExit(f"{flag} must be above 0 in 32 bits, not at {value}.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
-    if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
+    folders = Path(args.run_dir).resolve(), Path(args.resume).parent.resolve()
+    if args.resume and args.run_dir and folders[0] != folders[1]:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
 
 

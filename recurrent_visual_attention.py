@@ -52,7 +52,7 @@ import signal
 import time
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from http.client import HTTPException
@@ -668,6 +668,15 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
+def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) -> None:
+    """An endless film; where it cannot be written, a line says so and the run goes on."""
+    first, *others = pictures
+    try:
+        first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
+    except OSError as error:
+        tqdm.write(f"{path} cannot be written to ({error}).")
+
+
 def report(writer, step: int, metrics: dict[str, float]) -> None:
     """The same numbers to the terminal, to tensorboard and to metrics.csv."""
     tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -708,13 +717,13 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
-    if not args.resume and (run_dir / "checkpoint.pt").exists():
-        raise SystemExit(
-            f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
-            "another --run-dir begins anew."
-        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if (run_dir / "checkpoint.pt").exists() and Path(args.resume).name != "checkpoint.pt":
+            raise SystemExit(
+                f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
+                "another --run-dir begins anew."
+            )
         (run_dir / "metrics.csv").touch()
     except OSError as error:
         raise SystemExit(
@@ -753,8 +762,10 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
     return name
 
 
+# Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
 FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start")
 
 
 def check(args: Args) -> None:
@@ -766,11 +777,12 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
-    if getattr(args, "rmsprop_eps", 1) == 0:
-        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
+        if field.name in POSITIVE and field.default and np.float32(value) == 0:
+            raise SystemExit(f"{flag} must be above 0 in 32 bits, not at {value}.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
-    if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
+    folders = Path(args.run_dir).resolve(), Path(args.resume).parent.resolve()
+    if args.resume and args.run_dir and folders[0] != folders[1]:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
 
 
@@ -837,7 +849,7 @@ def film_catch(net: nn.Module, args: Args, path: Path) -> None:
             x1, y1 = (8 * (corner + patch_size) - 1).clamp(0, 8 * S - 1).tolist()
             picture[[y0, y1], x0 : x1 + 1] = picture[y0 : y1 + 1, [x0, x1]] = (255, 60, 60)
             frames.append(Image.fromarray(picture))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=60, loop=0)
+    write_gif(frames, path, 60)
 
 
 def load_images(args: Args, device: str) -> tuple[Tensor, Tensor, Images, Images]:

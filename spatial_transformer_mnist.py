@@ -63,7 +63,7 @@ import time
 import urllib.request
 import zlib
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from http.client import HTTPException
@@ -584,6 +584,15 @@ def update(
     return loss.detach()
 
 
+def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) -> None:
+    """An endless film; where it cannot be written, a line says so and the run goes on."""
+    first, *others = pictures
+    try:
+        first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
+    except OSError as error:
+        tqdm.write(f"{path} cannot be written to ({error}).")
+
+
 def report(writer, step: int, metrics: dict[str, float]) -> None:
     """The same numbers to the terminal, to tensorboard and to metrics.csv."""
     tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -624,13 +633,13 @@ def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
     name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
-    if not args.resume and (run_dir / "checkpoint.pt").exists():
-        raise SystemExit(
-            f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
-            "another --run-dir begins anew."
-        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if (run_dir / "checkpoint.pt").exists() and Path(args.resume).name != "checkpoint.pt":
+            raise SystemExit(
+                f"{run_dir} holds a run already: --resume {run_dir}/checkpoint.pt goes on with it, "
+                "another --run-dir begins anew."
+            )
         (run_dir / "metrics.csv").touch()
     except OSError as error:
         raise SystemExit(
@@ -669,8 +678,10 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
     return name
 
 
+# Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
 FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start")
 
 
 def check(args: Args) -> None:
@@ -682,11 +693,12 @@ def check(args: Args) -> None:
         signed = isinstance(field.default, float) and field.default < 0
         if type(value) in (int, float) and not signed and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
-    if getattr(args, "rmsprop_eps", 1) == 0:
-        raise SystemExit("--rmsprop-eps must be above 0: some gradients are always 0.")
+        if field.name in POSITIVE and field.default and np.float32(value) == 0:
+            raise SystemExit(f"{flag} must be above 0 in 32 bits, not at {value}.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
-    if args.resume and args.run_dir and Path(args.run_dir) != Path(args.resume).parent:
+    folders = Path(args.run_dir).resolve(), Path(args.resume).parent.resolve()
+    if args.resume and args.run_dir and folders[0] != folders[1]:
         raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
 
 
@@ -757,7 +769,7 @@ def film_frame(net: TransformerNetwork, examples: Examples) -> Tensor:
 def save_film(frames: list[Tensor], path: Path) -> None:
     """A GIF of frames [H, W, 3], each twice as large."""
     pictures = [Image.fromarray(frame.numpy().repeat(2, 0).repeat(2, 1)) for frame in frames]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=120, loop=0)
+    write_gif(pictures, path, 120)
 
 
 def run(args: Args, device: str) -> dict[str, float]:

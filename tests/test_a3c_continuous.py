@@ -73,6 +73,13 @@ class MatrixAim(Aim):
         return super().look() * np.ones((2, 2), np.float32)
 
 
+class BlindAim(Aim):
+    """It can be drawn, but nothing comes of it."""
+
+    def render(self):
+        return None
+
+
 class DiscreteAim(Aim):
     """Its actions are a finite set."""
 
@@ -94,7 +101,7 @@ class CrashingAim(Aim):
         return super().step(action + 1 // (2 - self.t))
 
 
-for kind in (Aim, MatrixAim, DiscreteAim, EndlessRewardAim, CrashingAim):
+for kind in (Aim, MatrixAim, BlindAim, DiscreteAim, EndlessRewardAim, CrashingAim):
     gym.register(f"{kind.__name__}-v0", f"test_a3c_continuous:{kind.__name__}")
 gym.register("TruncatedAim-v0", "test_a3c_continuous:Aim", kwargs={"truncates": True})
 
@@ -454,6 +461,29 @@ def test_math_evaluation_samples_whole_episodes_and_follows_its_seed(tmp_path, m
     assert first["eval/episodic_return_std"] > 0
 
 
+def test_math_evaluation_means_episodes_with_seeds_of_their_own(monkeypatch):
+    torch.manual_seed(0)
+    net, args = GaussianActorCritic((2,), 2), Args(**TOY | {"eval_episodes": 10})
+    seeds, returns, reset, step = [], [], Aim.reset, Aim.step
+
+    def noting_reset(env, *, seed=None, options=None):
+        seeds.append(seed)
+        returns.append(0.0)
+        return reset(env, seed=seed)
+
+    def noting_step(env, a):
+        s_t, r_t, *ends = step(env, a)
+        returns[-1] += r_t
+        return s_t, r_t, *ends
+
+    monkeypatch.setattr(Aim, "reset", noting_reset)
+    monkeypatch.setattr(Aim, "step", noting_step)
+    metrics = a3c_continuous.evaluate(net, args)
+    assert metrics["eval/episodic_return"] == pytest.approx(np.mean(returns), rel=1e-5)
+    assert metrics["eval/episodic_return_std"] == pytest.approx(np.std(returns), rel=1e-5)
+    assert len(set(seeds)) == 10
+
+
 # ---- Processes ----------------------------------------------------------------------------------
 
 
@@ -463,6 +493,13 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
     shared = GaussianActorCritic((2,), 2)
     optimizer = SharedRMSProp(list(shared.parameters()), 0.99, 0.1)
     T, reports, rates, steps = Locked(40), [], [], [40]
+    seeds, play_alone = [], a3c_continuous.play_alone
+
+    def noting_play_alone(env, seed, *given):
+        seeds.append(seed)
+        return play_alone(env, seed, *given)
+
+    monkeypatch.setattr(a3c_continuous, "play_alone", noting_play_alone)
 
     def update(net, given_optimizer, trajectory, learning_rate, given_args):
         assert given_optimizer is optimizer and given_args is args and net is not shared
@@ -480,6 +517,7 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
     log = SimpleNamespace(put=reports.append)
     arguments = (args, 40, shared, optimizer, T, log)
     work_here(monkeypatch, a3c_continuous, 6, arguments, update)
+    assert seeds == a3c_continuous.independent_seeds(3, args.seed, 7, 40)[2:]
     assert steps[-2] < 100 <= steps[-1]
     assert rates == pytest.approx([0.5 * max(0, 1 - step / 100) for step in steps[1:]])
     told = [(tag, step) for tag, _, step in reports]
@@ -584,6 +622,10 @@ def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
         ),
         ({"env_id": "test_a3c_continuous:MatrixAim-v0"}, r"\(2, 2\).*this script needs"),
         ({"env_id": "toy_games:Side-v0", "pixels": True}, "Side-v0 cannot be drawn"),
+        (
+            {"env_id": "test_a3c_continuous:BlindAim-v0", "pixels": True},
+            "BlindAim-v0 cannot be drawn.*it shows no picture",
+        ),
         ({"env_id": "toy_games:Side-v0", "capture_video": True}, "Side-v0 cannot be drawn"),
         ({"num_workers": 0}, "--num-workers must lie between 1 and"),
         ({"t_max": -1}, "--t-max must lie between 0"),

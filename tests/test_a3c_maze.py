@@ -215,6 +215,21 @@ def test_math_later_ways_are_as_long_as_first_ones_without_memory():
     assert first == pytest.approx(later, rel=0.06)
 
 
+def test_gradient_longer_than_its_bound_is_scaled_down():
+    torch.manual_seed(0)
+    net, walk = MazeActorCritic(3), random_walk()
+    walk = walk._replace(r_t=1000 * walk.r_t)
+    loss, _ = a3c_maze.maze_a3c_loss(net, walk, Args())
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = SharedRMSProp(list(net.parameters()), decay=1.0, eps=1.0)  # plain descent
+    watched = a3c_maze.update(net, optimizer, walk, 1.0, Args(max_gradient_norm=0.5))
+    assert norm > 5 and watched["losses/gradient_norm"] == pytest.approx(norm, rel=1e-3)
+    for p, b, gradient in zip(net.parameters(), before, gradients):
+        torch.testing.assert_close(p.detach(), b - gradient * 0.5 / norm, rtol=1e-3, atol=1e-5)
+
+
 def test_gradient_of_one_segment_applied_twice_moves_twice_as_far():
     torch.manual_seed(0)
     shared, net, walk = MazeActorCritic(3), MazeActorCritic(3), random_walk()
@@ -300,6 +315,36 @@ def test_math_evaluation_samples_whole_episodes_and_follows_its_seed(tmp_path, m
     assert at_random != first
 
 
+def test_math_evaluation_means_episodes_with_seeds_of_their_own_and_samples(monkeypatch):
+    net, args = MazeActorCritic(2), Args(**TOY | {"eval_episodes": 30})
+    with torch.no_grad():
+        net.policy.weight.zero_()
+        net.policy.bias[:] = torch.tensor([0.0, 1.0])  # the right has 0.731
+    seeds, actions, returns, reset, step = [], [], [], Doors.reset, Doors.step
+
+    def noting_reset(game, *, seed=None, options=None):
+        seeds.append(seed)
+        returns.append(0.0)
+        return reset(game, seed=seed)
+
+    def noting_step(game, a):
+        s_t, r_t, *ends = step(game, a)
+        actions.append(a)
+        returns[-1] += r_t
+        return s_t, r_t, *ends
+
+    monkeypatch.setattr(Doors, "reset", noting_reset)
+    monkeypatch.setattr(Doors, "step", noting_step)
+    metrics = a3c_maze.evaluate(net, args)
+    assert len(actions) == 30 * 7 and np.mean(actions) == pytest.approx(0.731, abs=0.1)
+    assert metrics["eval/episodic_return"] == pytest.approx(np.mean(returns))
+    assert metrics["eval/episodic_return_std"] == pytest.approx(np.std(returns)) != 0
+    first = set(seeds)
+    assert len(first) == 30
+    a3c_maze.evaluate(net, dataclasses.replace(args, seed=2))
+    assert first.isdisjoint(seeds[30:])
+
+
 # ---- The maze (needs OpenGL) --------------------------------------------------------------------
 
 
@@ -344,6 +389,22 @@ def test_math_the_portal_earns_10_sets_the_agent_down_and_brings_back_the_apples
         assert not world.intersect(world.agent, world.agent.pos, world.agent.radius)
     assert labyrinth.found == {"apples": 0, "portals": [1, 2, 3]}
     assert len({tuple(place) for place in taken_from}) == 3
+
+
+def test_math_an_apple_in_the_portal_counts(maze):
+    maze.reset(seed=0)
+    world, apple = maze.unwrapped, maze.env.apples[0]
+    apple.pos = world.box.pos.copy()
+    world.agent.pos = world.box.pos + np.array([0.7, 0, 0])
+    assert maze.step(0)[1] == 11
+    assert maze.env.found == {"apples": 1, "portals": [1]} and apple in world.entities
+
+
+def test_math_an_episode_begins_where_nothing_is_touched(maze):
+    for seed in range(60):
+        maze.reset(seed=seed)
+        world, apples = maze.unwrapped, maze.env.apples
+        assert not any(world.near(entity) for entity in (world.box, *apples))
 
 
 def test_math_a_step_ends_in_the_portal(maze, monkeypatch):
@@ -475,6 +536,13 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
     shared = MazeActorCritic(2)
     optimizer = SharedRMSProp(list(shared.parameters()), 0.99, 0.1)
     T, reports, rates, steps = Locked(40), [], [], [40]
+    seeds, explore_mazes = [], a3c_maze.explore_mazes
+
+    def noting_explore_mazes(env, seed, *given):
+        seeds.append(seed)
+        return explore_mazes(env, seed, *given)
+
+    monkeypatch.setattr(a3c_maze, "explore_mazes", noting_explore_mazes)
 
     def update(net, given_optimizer, walk, learning_rate, given_args):
         assert given_optimizer is optimizer and given_args is args and net is not shared
@@ -492,6 +560,7 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
     log = SimpleNamespace(put=reports.append)
     arguments = (args, 40, shared, optimizer, T, log)
     work_here(monkeypatch, a3c_maze, 6, arguments, update)
+    assert seeds == a3c_maze.independent_seeds(3, args.seed, 7, 40)[2:]
     assert steps[-2] < 100 <= steps[-1]
     assert rates == pytest.approx([0.5 * max(0, 1 - step / 100) for step in steps[1:]])
     told = [(tag, step) for tag, _, step in reports]

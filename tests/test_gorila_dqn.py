@@ -444,6 +444,21 @@ def test_math_target_network_is_the_servers_at_every_period(tmp_path):
     assert refreshed == [5, 12, 16]
 
 
+def test_math_a_shard_that_fell_back_does_not_renew_the_target_network(tmp_path):
+    learner, _, server = toy_learner(tmp_path, target_period=5, num_shards=2)
+    renewed, last = [], gorila_dqn.flat(learner.target_net.parameters())
+    for versions in ((4, 4), (6, 4), (6, 6), (3, 7), (5, 8), (9, 10), (10, 11)):  # it died at 6
+        for shard, version in zip(server.shards, versions):
+            shard.version = version
+            shard.theta += 0.001
+        learner.pull()
+        target = gorila_dqn.flat(learner.target_net.parameters())
+        if not np.array_equal(target, last):
+            renewed.append(versions)
+        last = target
+    assert renewed == [(6, 6), (10, 11)]
+
+
 def test_math_learner_sends_versions_with_gradients_and_keeps_outliers_to_itself(tmp_path):
     learner, memory, server = toy_learner(tmp_path, num_shards=3)
     pushed, verdicts = [], iter([False, True, False])
@@ -627,7 +642,7 @@ def look(answers):
 @pytest.fixture
 def no_ray(monkeypatch):
     stand_in = SimpleNamespace(
-        wait=lambda answers, timeout: (answers[:1], answers[1:]),
+        wait=lambda answers, timeout, num_returns=1: (answers[:num_returns], []),
         get=lambda answers, timeout: look(answers),
         shutdown=lambda: None,
     )
@@ -681,7 +696,7 @@ def test_learns_on_from_where_it_stopped(replay, no_ray, tmp_path):
 
 
 def test_learns_nothing_from_silence_and_says_so(no_ray, tmp_path):
-    no_ray.wait = lambda answers, timeout: (time.sleep(0.01), ([], answers))[1]
+    no_ray.wait = lambda answers, timeout, num_returns=1: (time.sleep(0.01), ([], answers))[1]
     with pytest.raises(SystemExit, match=r"not answered for 0.05 seconds.*no report of bundle 0"):
         gorila_dqn.main(toy_run(tmp_path, patience=0.05))
 
