@@ -19,7 +19,7 @@ Departures: ours (the paper's); those of the first line are the authors' later a
     g begins at 0, rewards are clipped to [-1, 1], training episodes end with a life, games after
       108,000 frames (not told)
     up to 30 no-ops before a game (tables: human starts); no GPU, that being the paper's point
-    today's action sets: Pong 6 (3); sticky actions with ALE/*-v5 ids (none)
+    today's action sets: Pong 6 (3); sticky actions with *-v0 and ALE/*-v5 ids (none)
     K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
       gradients of K segments. An episode that ends is followed by the next; the segment ends early
       only when all K end at once, with K = 1 therefore at every end of an episode
@@ -112,7 +112,7 @@ class Segment(NamedTuple):
 
 
 def make_orthogonal(module: nn.Module, gain: float) -> None:
-    """Its weights become orthogonal matrices times gain, its biases 0 (Saxe et al. 2014)."""
+    """A module's weights become orthogonal times gain, its biases 0 (Saxe et al. 2014)."""
     for parameter in module.parameters():
         if parameter.ndim > 1:
             nn.init.orthogonal_(parameter, gain)

@@ -7,16 +7,18 @@
 
 Departures: ours (the paper's); those of the first line are the authors' later answers on A3C
     learning rate 7e-4 (searched per game), RMSProp's epsilon 0.1, gradient norm 40 (not told)
-    each game (thread) draws its final exploration rate anew when a whole game is over, so that
-      returns in training lie far below those of evaluation ("periodically")
-    exploration falls with T (T or a thread's t: not told), to 0.05 in evaluation (not told)
-    the gradients of a one-step segment are taken together at its end (each at its own step), and
-      theta^- is renewed after the update of the segment in which it was due (at that step)
+    each game (thread) draws its final exploration rate anew when a whole game is over
+      ("periodically"), so that 0.4, 0.3 and 0.3 are shares of games, not of steps; returns in
+      training are means over all rates, far below those of evaluation
+    exploration falls with T (T or a thread's t: not told); it is 0.05 in evaluation (not told)
+    segments begin anew with an episode in the one-step methods, too (updates at every fifth step of
+      a thread and at ends); their gradients are taken together at its end (each at its own step),
+      and theta^- is renewed after the update of the segment in which it was due (at that step)
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
     g begins at 0, rewards are clipped to [-1, 1], training episodes end with a life, games after
-      108,000 frames (not told)
+      108,000 frames, where the target goes on with Q of the last screens (not told)
     up to 30 no-ops before a game (not told); no GPU, that being the paper's point
-    today's action sets: Pong 6 (3); sticky actions with ALE/*-v5 ids (none)
+    today's action sets: Pong 6 (3); sticky actions with *-v0 and ALE/*-v5 ids (none)
     K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
       gradients of K segments. An episode that ends is followed by the next; the segment ends early
       only when all K end at once, with K = 1 therefore at every end of an episode
@@ -109,7 +111,7 @@ class Transitions(NamedTuple):
 
 
 def make_orthogonal(module: nn.Module, gain: float) -> None:
-    """Its weights become orthogonal matrices times gain, its biases 0 (Saxe et al. 2014)."""
+    """A module's weights become orthogonal times gain, its biases 0 (Saxe et al. 2014)."""
     for parameter in module.parameters():
         if parameter.ndim > 1:
             nn.init.orthogonal_(parameter, gain)
@@ -167,7 +169,7 @@ def targets(target_net: QNetwork, segment: Transitions, algorithm: str, discount
     if algorithm == "nstep-q":
         cut = segment.truncated.clone()
         cut[-1] = True
-    else:  # a return of one step is one that is cut off after each step
+    else:  # every step is cut off: its return is r + discount v
         cut = torch.ones_like(segment.truncated)
     q_t = target_net(segment.s_t[cut])  # [M, A] under theta^-, M steps are cut off
     if algorithm == "onestep-sarsa":
@@ -321,7 +323,7 @@ def explore(
 ) -> Iterator[tuple[Transitions, list[dict]]]:
     """Endless segments of K games side by side; choose(s) gives the actions [K].
 
-    Each comes with the k, score "r" and frames "l" of the whole games that ended in it.
+    Each comes with the whole games that ended in it: which one "k", its score "r", its frames "l".
     """
     s_tm1 = reset_games(envs, seeds)
     a_t = choose(s_tm1) if sarsa else torch.zeros(len(envs), dtype=torch.long)
@@ -456,7 +458,7 @@ def worker(
             T.value = step
         learning_rate = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
         watched = update(net, target_net, optimizer, segment, learning_rate, args)
-        if before // args.target_period < step // args.target_period:  # so for one worker alone
+        if before // args.target_period < step // args.target_period:  # true for one worker
             copy_parameters(shared, target_net)
 
         for game in games:

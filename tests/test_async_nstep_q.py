@@ -130,6 +130,22 @@ def test_math_update_follows_the_gradient_of_the_summed_loss(algorithm):
         torch.testing.assert_close(p.detach(), b - 0.1 * 2 * g / 4, rtol=1e-3, atol=1e-5)
 
 
+def test_math_an_update_of_two_steps_is_not_scaled_to_five():
+    torch.manual_seed(0)
+    nets = [QNetwork(4, "small") for _ in range(2)]
+    async_nstep_q.copy_parameters(*nets)
+    whole = random_transitions()
+    short = whole._replace(**{name: x[-2:] for name, x in whole._asdict().items()})
+    y = async_nstep_q.targets(nets[1], short, "nstep-q", 0.99)
+    loss = async_nstep_q.q_loss(nets[1](short.s_tm1), short.a_tm1, y)
+    gradients = torch.autograd.grad(loss, list(nets[1].parameters()))
+    optimizer = SharedRMSProp(list(nets[0].parameters()), decay=1.0, eps=1.0)  # plain descent
+    args = Args(max_gradient_norm=1e9)
+    async_nstep_q.update(nets[0], nets[1], optimizer, short, 1e-3, args)
+    for p, b, g in zip(nets[0].parameters(), nets[1].parameters(), gradients):
+        torch.testing.assert_close(p.detach(), b.detach() - 1e-3 * g, rtol=1e-3, atol=1e-6)
+
+
 def test_gradient_that_is_not_finite_moves_nothing():
     net, target_net = QNetwork(4, "small"), QNetwork(4, "small")
     before = [p.detach().clone() for p in net.parameters()]
@@ -147,6 +163,16 @@ def test_math_the_network_is_that_of_2013():
     x = F.conv2d(s.flatten(0, 1).permute(0, 3, 1, 2).float() / 255, w[0], w[1], stride=4).relu()
     x = F.conv2d(x, w[2], w[3], stride=2).relu().flatten(1)
     x = (x @ w[4].T + w[5]).relu() @ w[6].T + w[7]
+    torch.testing.assert_close(net(s).detach(), x.view(5, 3, 4), atol=1e-5, rtol=1e-4)
+
+
+def test_math_the_larger_network_is_that_of_2015():
+    net, s = QNetwork(4, "large"), random_transitions().s_t
+    w = [p.detach() for p in net.parameters()]
+    x = F.conv2d(s.flatten(0, 1).permute(0, 3, 1, 2).float() / 255, w[0], w[1], stride=4).relu()
+    x = F.conv2d(x, w[2], w[3], stride=2).relu()
+    x = F.conv2d(x, w[4], w[5]).relu().flatten(1)
+    x = (x @ w[6].T + w[7]).relu() @ w[8].T + w[9]
     torch.testing.assert_close(net(s).detach(), x.view(5, 3, 4), atol=1e-5, rtol=1e-4)
 
 
@@ -423,6 +449,7 @@ def test_math_worker_follows_algorithms_1_and_s1(algorithm, monkeypatch):
     work_here(monkeypatch, async_nstep_q, 6, arguments, update)
     assert seeds == [(2 + 3, args.seed, 7, 40)]
     assert steps[-2] < 400 <= steps[-1] and any(refreshed) and not all(refreshed)
+    assert played[0].r_t.shape == (4, 3)  # t_max steps of each game
     assert rates == pytest.approx([0.5 * max(0, 1 - step / 400) for step in steps[1:]])
     for step, epsilon in epsilons[:9]:  # until the first games end
         assert epsilon.tolist() == pytest.approx([1 - 0.3 * step / 200] * 3)
@@ -454,9 +481,10 @@ def test_math_orthogonal_init(tmp_path, monkeypatch):
 def test_math_the_workers_start_with_one_network_and_many_exploration_rates(tmp_path, monkeypatch):
     monkeypatch.setattr(async_nstep_q, "supervise", lambda *arguments: arguments)
     args = dataclasses.replace(Args(**TOY), envs_per_worker=30, run_dir=str(tmp_path))
+    args = dataclasses.replace(args, rmsprop_eps=0.3, rmsprop_decay=0.7)
     _, arguments, *_, save, _ = async_nstep_q.main(args)
     _, first_step, net, target_net, optimizer, final_epsilons, *_ = arguments
-    assert first_step == 0
+    assert first_step == 0 and (optimizer.eps, optimizer.decay) == (0.3, 0.7)
     assert all(map(torch.equal, net.parameters(), target_net.parameters()))
     assert all(len(rates.unique()) == 3 for rates in final_epsilons)
 
@@ -468,6 +496,9 @@ def test_math_the_workers_start_with_one_network_and_many_exploration_rates(tmp_
     for t in (saved["net"]["value.bias"], saved["target_net"]["value.weight"], saved["g"][2]):
         assert (t == 7).all()
     assert (saved["final_epsilons"] == 7).all()
+    on = dataclasses.replace(args, run_dir="", resume=str(tmp_path / "checkpoint.pt"))
+    _, (_, first_step, *_), *_ = async_nstep_q.main(on)
+    assert first_step == 5  # so that the workers draw other numbers than before
 
 
 def test_math_every_worker_draws_its_own_random_numbers(monkeypatch):

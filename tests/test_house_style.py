@@ -197,6 +197,13 @@ def test_equal_names_have_equal_text():
     assert not differing
 
 
+def test_both_scripts_of_the_atari_experiments_play_the_same_game():
+    """Only the tests of one look at the preprocessing."""
+    texts = [(ROOT / name).read_text() for name in ("a3c_atari.py", "async_nstep_q.py")]
+    games = [top_level(text)["make_env"] for text in texts]
+    assert games[0] == games[1]
+
+
 def test_the_same_flag_has_the_same_help():
     common = {"seed", "run_dir", "resume", "evaluate", "eval_episodes", "num_workers", "data_dir"}
     common |= {"device", "eval_epsilon", "rmsprop_decay", "envs_per_worker", "monte_carlo_samples"}
