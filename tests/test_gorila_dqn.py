@@ -273,6 +273,16 @@ def test_math_a_planted_outlier_is_rejected_exactly_once():
         assert not statistics.is_outlier(losses[n])
 
 
+def test_math_a_loss_is_judged_by_those_before_it():
+    statistics = LossStatistics(deviations=5, warm_up=100)
+    for loss in np.random.default_rng(0).uniform(0.9, 1.1, 400):
+        statistics.is_outlier(loss)
+    limit = statistics.mean + 5 * math.sqrt(statistics.variance)
+    assert statistics.is_outlier(1.001 * limit)
+    limit = statistics.mean + 5 * math.sqrt(statistics.variance)
+    assert not statistics.is_outlier(0.999 * limit)
+
+
 def test_math_a_loss_that_has_grown_for_good_is_accepted_after_a_while():
     statistics = LossStatistics(deviations=5, warm_up=100, decay=0.99)
     generator = np.random.default_rng(0)
@@ -344,6 +354,32 @@ def test_math_memory_keeps_the_actors_apart():
     both = true_transitions(played[0]) | true_transitions(played[1], first=100)
     memory.surplus = 10**6
     assert set(numbers_of(memory.sample(1000), both)) == {*range(50), *range(100, 150)}
+
+
+def test_math_rings_that_are_full_at_different_places_return_all_they_hold():
+    """Seventy and fifty steps in rings of forty: one begins at its tenth place, one at another."""
+    args = replay_args(num_actors=3, replay="global", replay_capacity=120)
+    memory, expected, both = ReplayMemory(3, args), set(), {}
+    assert memory.capacity == 40
+    for k, count in enumerate((70, 53)):
+        played, first = random_steps(count, seed=k, length=9), 100 * k
+        for start in range(0, count, 7):
+            memory.add(k, played[start : start + 7])
+        both |= true_transitions(played, first)
+        oldest = count - 40
+        expected |= {
+            first + n
+            for n, *_ in true_transitions(played).values()
+            if n - min(3, played["age"][n]) >= oldest
+        }
+    memory.surplus = 10**6
+    assert set(numbers_of(memory.sample(2000), both)) == expected
+
+
+@pytest.mark.parametrize(("num_rings", "waits"), [(1, 100), (4, 400)])
+def test_math_each_memory_waits_for_its_share_of_the_first_steps(num_rings, waits):
+    args = Args(num_actors=4, learning_starts=400, replay_capacity=4000)
+    assert ReplayMemory(num_rings, args).surplus == -waits
 
 
 def test_math_memory_does_not_join_the_episodes_of_an_actor_that_died():
@@ -511,6 +547,11 @@ def test_math_learners_in_16_bits_round_features_but_not_q(tmp_path):
         assert q.dtype == torch.float32 and not torch.equal(q, q.bfloat16().float())
 
 
+def test_math_learners_take_the_outlier_rule_from_their_flags(tmp_path):
+    learner, *_ = toy_learner(tmp_path, outlier_deviations=3.0, outlier_warm_up=70)
+    assert (learner.statistics.deviations, learner.statistics.warm_up) == (3.0, 70)
+
+
 class Screens(ReplayMemory):
     """A memory that notes what it is given."""
 
@@ -578,6 +619,25 @@ def test_math_actor_acts_on_the_screens_it_sees(tmp_path, monkeypatch):
     assert [s.tolist() for s in seen] == stacks
 
 
+def test_math_actors_explore_by_the_oldest_slice_each_with_numbers_of_its_own(tmp_path):
+    args = Args(env_id="toy_games:Side-v0", num_actors=4, replay="global", num_shards=2)
+    args = dataclasses.replace(args, epsilon_updates=100, final_epsilon=0.0)
+    theta = gorila_dqn.flat(DeepQNetwork(2).parameters())
+    theta[-2:] = 1e4, -1e4  # the biases of Q: the first action is the best
+    server, seeds, explored = start_server(theta, args, tmp_path), [], []
+    for versions in ((0, 90), (110, 300)):
+        for shard, version in zip(server.shards, versions):
+            shard.version = version
+        for rank in range(3):
+            replay = Screens()
+            actor = Actor(rank, 2, args, server, replay)
+            actor.play(200)
+            seeds.append(actor.generator.initial_seed())
+            explored.append(replay.given[0][1]["a_tm1"].mean())
+    assert len(set(seeds)) == 6
+    assert explored[:3] == pytest.approx([0.5] * 3, abs=0.15) and explored[3:] == [0, 0, 0]
+
+
 def test_math_actors_and_learners_wait_for_each_other(tmp_path, monkeypatch):
     pauses = []
     monkeypatch.setattr(gorila_dqn.time, "sleep", pauses.append)
@@ -615,6 +675,56 @@ def test_math_bundle_shares_one_network_and_keeps_the_ratio(tmp_path):
     tags = {tag for tag, _ in rounds[1].log}
     assert {"losses/td_loss", "charts/server_ms", "charts/episodic_return"} <= tags
     assert bundle.actor.log == bundle.learner.log == []
+
+
+# ---- Evaluation ---------------------------------------------------------------------------------
+
+
+def test_math_evaluation_means_whole_games_that_differ(monkeypatch):
+    made, seeds, rates, scores = [], [], [], []
+    make_env, epsilon_greedy = gorila_dqn.make_env, gorila_dqn.epsilon_greedy
+
+    def noting_make_env(env_id, training=True):
+        made.append(training)
+        env = make_env(env_id, training)
+        reset, step = env.reset, env.step
+
+        def noting_step(a):
+            *outcome, info = step(a)
+            scores.extend([info["episode"]["r"]] if "episode" in info else [])
+            return *outcome, info
+
+        env.reset = lambda seed: (seeds.append(seed), reset(seed=seed))[1]
+        env.step = noting_step
+        return env
+
+    def noting_epsilon(q, epsilon, generator):
+        rates.append(epsilon)
+        return epsilon_greedy(q, epsilon, generator)
+
+    monkeypatch.setattr(gorila_dqn, "make_env", noting_make_env)
+    monkeypatch.setattr(gorila_dqn, "epsilon_greedy", noting_epsilon)
+    args = Args(**TOY | {"eval_episodes": 6}, eval_epsilon=0.25)
+    metrics = gorila_dqn.evaluate(DeepQNetwork(2), args)
+    assert made == [False] * 6 and len(set(seeds)) == 6 and set(rates) == {0.25}
+    assert metrics["eval/episodic_return"] == pytest.approx(np.mean(scores))
+    assert metrics["eval/episodic_return_std"] == pytest.approx(np.std(scores)) != 0
+
+
+def test_math_atari_is_played_as_by_dqn():
+    for training in (True, False):
+        env = gorila_dqn.make_env("BreakoutNoFrameskip-v4", training)
+        layers = [layer := env] + [layer := layer.env for _ in range(4)]
+        assert any(isinstance(x, gorila_dqn.EpisodicLife) for x in layers) == training
+        starts = []
+        for seed in range(20):
+            env.reset(seed=seed)
+            starts.append(env.unwrapped.ale.getEpisodeFrameNumber())
+        assert min(starts) >= 1 and max(starts) <= 30 and len(set(starts)) > 8
+        env.step(1)
+        assert env.unwrapped.ale.getEpisodeFrameNumber() == starts[-1] + 4
+        frames = gorila_dqn.MAX_FRAMES if training else gorila_dqn.MAX_EVAL_FRAMES
+        assert env.unwrapped.spec.kwargs["max_num_frames_per_episode"] == frames
 
 
 # ---- A run, its components in this process ------------------------------------------------------
@@ -695,6 +805,47 @@ def test_learns_on_from_where_it_stopped(replay, no_ray, tmp_path):
     assert steps == sorted(steps) and len(steps) >= 4
 
 
+def test_learns_and_reports_what_its_flags_say(no_ray, tmp_path, monkeypatch):
+    learn = torch.enable_grad()(Learner.learn)  # here it is called within evaluations
+    monkeypatch.setattr(Learner, "learn", learn)
+    args = toy_run(tmp_path, adagrad_start=0.5, eval_every=100, epsilon_updates=1000)
+    metrics = gorila_dqn.main(args)
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    assert saved["G"].min() >= 0.5
+    rate = args.learning_rate / math.sqrt(saved["G"].mean())
+    assert metrics["charts/learning_rate"] == pytest.approx(rate, rel=1e-5)
+    epsilon = 1 - 0.9 * metrics["charts/updates"] / 1000
+    assert metrics["charts/epsilon"] == pytest.approx(epsilon) and epsilon < 0.99
+    rows = (tmp_path / "metrics.csv").read_text()
+    assert rows.count("eval/episodic_return,") == 2  # at the first report and at the end
+
+
+def test_learns_from_all_rounds_that_are_ready(no_ray, tmp_path, monkeypatch):
+    silent = SimpleNamespace(heed=lambda: None)
+    monkeypatch.setattr(gorila_dqn, "Interrupt", lambda: silent)
+    net = DeepQNetwork(2)
+    start = {"counts": {"steps": 0}, "versions": [7, 5], "seconds": 0.0}
+    start["G"] = torch.ones(sum(p.numel() for p in net.parameters()))
+    gorila = gorila_dqn.Gorila(net, start, toy_run(tmp_path, num_shards=2), tmp_path)
+    learned = (2 * 40 - 40) // 4  # in the first rounds of both, made at once
+    assert [shard.component.version for shard in gorila.shards] == [5 + learned] * 2
+    gorila.attend(0)
+    assert gorila.counts["steps"] == 2 * 40 and len(gorila.rounds) == 2
+
+
+def test_learns_nothing_more_once_parameters_are_infinite(no_ray, tmp_path, monkeypatch):
+    args = toy_run(tmp_path, total_timesteps=80)
+    gorila_dqn.main(args)
+    checkpoint, state = tmp_path / "checkpoint.pt", ParameterServerShard.state
+    before, on = checkpoint.read_bytes(), {"run_dir": "", "resume": str(checkpoint)}
+    monkeypatch.setattr(
+        ParameterServerShard, "state", lambda shard: state(shard) | {"theta": shard.theta * np.inf}
+    )
+    with pytest.raises(SystemExit, match=r"Parameters are infinite at step \d+.*--learning-rate"):
+        gorila_dqn.main(dataclasses.replace(args, **on, total_timesteps=400))
+    assert checkpoint.read_bytes() == before
+
+
 def test_learns_nothing_from_silence_and_says_so(no_ray, tmp_path):
     no_ray.wait = lambda answers, timeout, num_returns=1: (time.sleep(0.01), ([], answers))[1]
     with pytest.raises(SystemExit, match=r"not answered for 0.05 seconds.*no report of bundle 0"):
@@ -762,6 +913,9 @@ def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
         ({"steps_per_update": 0}, "--steps-per-update must lie between 1"),
         ({"adagrad_start": 0.0}, "--adagrad-start must be above 0"),
         ({"optimizer": "sgd", "adagrad_start": 1.0}, "--adagrad-start is for --optimizer adagrad"),
+        ({"adagrad_start": 1e-50}, "--adagrad-start must be above 0 in 32 bits"),
+        ({"object_store_mb": 1}, "--object-store-mb must be at least 75, not 1"),
+        ({"total_timesteps": 50_000}, "ends a run before it learns: --learning-starts is 50000"),
         ({"final_epsilon": 1.5}, "--final-epsilon must lie between 0 and 1"),
         ({"num_actors": 3}, "must be equal, not 3 and 2"),
         ({"replay_capacity": 1000}, "--replay-capacity must be at least 50,000"),
