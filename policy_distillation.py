@@ -57,11 +57,16 @@
     Result   not yet measured
 
 Departures: ours (the paper's)
-    no-op starts in evaluation (100 human starts): scores compare with those of your teacher alone
+    the Run lines: two games, Pong and Freeway (ten; three, with Q*bert); students of 10 rounds, of
+      two games 20 (500; of ten games 34,000 hours of play); DQNs of 1 million steps, Multi-DQN of 2
+      (50 million), whose exploration falls to 0.01 in a tenth of them (0.1 in 1 million), which
+      learn after 10,000 (50,000) and renew their target every 1,000, with Adam at 1e-4
+    30 games of an evaluation (100), begun with no-ops (human starts): scores compare with those of
+      your teacher alone
     losses are means over minibatches of 32 (sums over the data; minibatches not told)
-    RMSProp centred, 2.5e-4, epsilon 2.5e-4 / 0.08 outside the root, for DQN, too (0.01 inside it;
-      students: a variant, 1e-4 to 1e-3 with "maximum learning rates" 1e-3 to 1e-1, which we take
-      to be the rate divided by epsilon)
+    RMSProp centred, rate 2.5e-4, epsilon 2.5e-4 / 0.08 outside the root. DQN 2015: 0.01 inside it.
+      The paper's students: a variant with rates 1e-4 to 1e-3 and "maximum learning rates" 1e-3 to
+      1e-1, which we take to be the rate divided by epsilon
     several games share the hour of a round equally; each is played by 8 games a process side by
       side, which go on in the next round (teachers take turns, by episodes)
     a minibatch comes from a game drawn at random, as in appendix A (section 3.3: in turns)
@@ -72,13 +77,12 @@ Departures: ours (the paper's)
     Multi-DQN: its games and their updates take turns ("evenly interleaved"); exploration, updates
       and target count the steps of all games together, the memory and learning_starts those of
       each game (not told)
-    ours alone, off by default: --bfloat16, --optimizer adam (for DQN in the Run lines, as in later
-      public baselines)
+    ours alone, off by default: --bfloat16, --optimizer adam (as in later public baselines of DQN)
     the DQN's target network follows every 10,000 steps (DQN 2015: updates, of four steps each); it
       does not learn from steps that run into the time limit (not told)
 
-Symbols: q teacher's Q-values; tau temperature; S student's outputs, logits of its policy; T steps;
-a_tm1 taken in s_tm1 gives r_t and s_t; y target of Q; theta^- the target network; g a game.
+Symbols: q teacher's Q-values; tau temperature; S student's outputs, logits of its policy; a_tm1
+taken in s_tm1 gives r_t and s_t; y target of Q; theta^- the target network; g a game.
 Shapes: B screens, A actions of a game, K games side by side. A step is one decision of the agent,
 4 frames of the emulator; an hour of play is 54,000 steps.
 """
@@ -184,8 +188,8 @@ def nll_loss(S: Tensor, q: Tensor) -> Tensor:
 def kl_loss(S: Tensor, q: Tensor, tau: float) -> Tensor:
     """KL(softmax(q / tau) || softmax(S(s))), the mean over a minibatch [B, A] (section 3.2).
 
-    With a small tau the target is nearly one-hot. Its logarithm stays exact: no probability is
-    floored, and 0 log 0 is 0, because log_softmax is finite.
+    With a small tau the target is nearly one-hot. log_softmax is finite all the same: nothing is
+    floored, and a probability that is 0 in 32 bits adds 0.
     """
     log_p, log_pi = (q / tau).log_softmax(-1), S.log_softmax(-1)
     return F.kl_div(log_pi, log_p, log_target=True, reduction="batchmean")
@@ -457,9 +461,9 @@ def evaluate_games(net: GameNetwork, teachers: nn.ModuleList, args: Args) -> dic
     metrics, ratios, others = {}, [], []
     for g, env_id in enumerate(args.env_ids):
         found = evaluate(partial(net, game=g), env_id, args)
-        for teacher in teachers[g : g + 1]:
-            ours, theirs = (i["episodic_return"] for i in (found, evaluate(teacher, env_id, args)))
-            found["teacher_return"] = theirs
+        if len(teachers) > 0:
+            ours, theirs = found["episodic_return"], evaluate(teachers[g], env_id, args)
+            found["teacher_return"] = theirs = theirs["episodic_return"]
             if theirs > 0:
                 found["percent_of_teacher"] = 100 * ours / theirs
             if min(ours, theirs) > 0:
@@ -574,7 +578,7 @@ class DeepQLearner:
 def renew_teacher(learner: DeepQLearner, teacher: GameNetwork, args: Args) -> dict[str, float]:
     """A round of the online DQN, which at a new high score becomes the teacher (appendix C)."""
     metrics = learner.learn(args.round_steps)
-    other_seeds = replace(args, seed=args.seed + 1)  # on its own a maximum flatters itself
+    other_seeds = replace(args, seed=args.seed + 1)  # the best of many scores was lucky, too
     score = evaluate(learner.net, args.env_ids[0], other_seeds)["episodic_return"]
     if score > learner.high_score:
         learner.high_score = score
@@ -615,7 +619,7 @@ def collector(
 ) -> None:
     """Plays a round whenever more are wanted, and puts (rank, states, returns) on log.
 
-    With states, those of its games by kind, another process goes on as this one would have.
+    states: those of its games, by kind, as an earlier process has left them; None: new games.
     """
     torch.set_num_threads(1)
     keep_memory()
@@ -664,7 +668,8 @@ def collect(
     while len(states) < args.num_collectors:
         collectors.join(timeout=0.05)  # raises what a collector has raised
         while not log.empty():
-            rank, states[rank], returns = log.get()
+            rank, of_rank, returns = log.get()
+            states[rank] = of_rank
             for env_id, scores in zip(args.env_ids, returns, strict=True):
                 watched[named("charts/episodic_return", env_id, args)] += scores
     metrics = {tag: float(np.mean(scores)) for tag, scores in watched.items() if scores}
@@ -829,11 +834,12 @@ OF_DQN += ("final_epsilon", "epsilon_timesteps")
 def check_stage(args: Args) -> None:
     """Refuse combinations of flags that no run can have."""
     learns, distils, n = args.stage == "teacher", args.stage == "distill", len(args.env_ids)
-    for holds, where, names in (
+    for holds, where, names in (  # if it holds, the flags of these names have no effect
         (learns, "with --stage teacher", OF_STUDENTS),
         (learns and n == 1, "on a DQN of one game", ("student",)),
         (distils, "with --stage distill", ("total_timesteps", "report_every")),
         (distils and not args.online, "without --online", OF_DQN),
+        (distils and args.loss != "kl", f"with --loss {args.loss}", ("temperature",)),
         (args.optimizer == "adam", "with --optimizer adam", ("max_learning_rate",)),
     ):
         given = [name for name in names if getattr(args, name) != getattr(Args, name)]
@@ -890,7 +896,7 @@ def lane_steps(args: Args) -> int:
 def student_memories(args: Args, folder: Path, num_actions: list[int]) -> list[ScreenMemory]:
     """A replay for each game: what its teacher saw, and its Q-values.
 
-    Nothing to spare: who plays a round again after a crash writes the same steps once more.
+    No spare slots: after a crash the same round is played again, step by step.
     """
     lanes = args.num_collectors * args.envs_per_collector
     sizes = lanes, args.memory_steps // lanes, 0
@@ -898,7 +904,7 @@ def student_memories(args: Args, folder: Path, num_actions: list[int]) -> list[S
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Of the replays; a run goes on with those alone that its checkpoint knows."""
+    """Bytes of the replays; a run goes on only with those that its checkpoint tells."""
     return {path.name: path.stat().st_size for path in folder.glob("*")}
 
 
@@ -912,7 +918,7 @@ def check_memory(args: Args, num_actions: list[int]) -> None:
         needed += len(num_actions) * steps * (84 * 84 + 1 + 4 * 4)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     folder = Path(args.resume or args.run_dir or "runs").absolute()
-    folder = next(path for path in (folder, *folder.parents) if path.is_dir())
+    folder = next(path for path in (folder, *folder.parents) if os.path.isdir(path))
     disk = memory if args.resume else shutil.disk_usage(folder).free
     told = f"The replays take up to {needed / 1e9:.2f} GB"
     if needed > min(memory, disk):
@@ -998,15 +1004,13 @@ def distill(
     The first half is play by the teachers (before it, play and learning of an online one), the
     second are updates of the student.
     """
-    optimizer, memories = (
-        choose_optimizer(net, args),
-        student_memories(args, folder, net.num_actions),
-    )
+    optimizer = choose_optimizer(net, args)
+    memories = student_memories(args, folder, net.num_actions)
     parts = {"net": net, "teachers": teachers, "optimizer": optimizer}
     if args.online:
         learning = copy.deepcopy(teachers[0]).to(choose_device(args.device))
         parts["learner"] = DeepQLearner(learning, args, folder)
-    halves, games = checkpoint.get("halves", 0), checkpoint.get("games")  # of rounds
+    halves, games = checkpoint.get("halves", 0), checkpoint.get("games")  # halves of rounds
     for name, part in parts.items():
         if checkpoint:
             part.load_state_dict(checkpoint[name])
@@ -1100,8 +1104,13 @@ def run(args: Args) -> dict[str, float]:
         if args.resume:
             shaping = sorted(vars(args).keys() - set(MAY_CHANGE))
         checkpoint = load_checkpoint(path, args, net, *shaping)
-        if "teachers" in checkpoint:
-            teachers.load_state_dict(checkpoint["teachers"])
+        theirs, ours = checkpoint.get("teachers", {}), teachers.state_dict()
+        if not args.online and any(not torch.equal(theirs[name], ours[name]) for name in theirs):
+            raise SystemExit(
+                f"{path} was made with other --teachers than {', '.join(args.teachers)}."
+            )
+        if args.online and theirs:
+            teachers.load_state_dict(theirs)
     if args.evaluate:
         if args.capture_video:
             film_games(net, teachers, args, path.parent)

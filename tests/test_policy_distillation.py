@@ -26,6 +26,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import toy_games
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -262,6 +263,30 @@ def test_math_defaults_are_the_papers():
     assert args.round_steps == 3600 * 15 and policy_distillation.MAX_FRAMES == 30 * 60 * 60
 
 
+def test_math_defaults_of_the_teacher_are_those_of_dqn():
+    args = Args()
+    assert (args.discount, args.batch_size, args.steps_per_update) == (0.99, 32, 4)
+    assert (args.dqn_memory_steps, args.learning_starts) == (1_000_000, 50_000)
+    assert (args.final_epsilon, args.epsilon_timesteps) == (0.1, 1_000_000)
+    assert (args.target_period, args.total_timesteps) == (10_000, 50_000_000)
+
+
+@pytest.mark.parametrize("student", ["net2", "multi3"])
+def test_math_the_network_of_each_game_is_that_of_a_loop(student):
+    net = GameNetwork(WIDTHS[student], [4, 6])
+    s = torch.randint(0, 256, (5, 84, 84, 4), dtype=torch.uint8)
+    trunk = [p.detach() for p in net.trunk.parameters()]
+    x = s.permute(0, 3, 1, 2).float() / 255
+    for i, stride in enumerate((4, 2, 1)):
+        x = F.conv2d(x, trunk[2 * i], trunk[2 * i + 1], stride=stride).relu()
+    x = (x.flatten(1) @ trunk[6].T + trunk[7]).relu()
+    for g, outputs in enumerate(net.outputs):
+        *own, W, b = (p.detach() for p in outputs.parameters())
+        y = (x @ own[0].T + own[1]).relu() if own else x
+        torch.testing.assert_close(net(s, g).detach(), y @ W.T + b, atol=1e-5, rtol=1e-4)
+    assert bool(own) == (student == "multi3")
+
+
 def test_math_defaults_are_those_of_every_machine(monkeypatch):
     """The number of collectors decides who plays with which seed."""
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
@@ -325,6 +350,34 @@ def test_math_dqn_learner_stores_what_happened_and_learns_from_the_successor(tmp
     (first, g, s_t), (second, h, s_tm1) = seen
     assert first is learner.target_net and second is learner.net and g == h == 1
     assert all(after == (before + 1) % 7 for before, after in zip(s_tm1, s_t))
+
+
+def test_math_dqns_stacks_stay_within_an_episode_and_rewards_within_1(tmp_path, monkeypatch):
+    """Clock's screen t is all t; here step t earns (t - 4) / 2."""
+    step = toy_games.Clock.step
+    monkeypatch.setattr(
+        toy_games.Clock,
+        "step",
+        lambda game, a: (lambda s_t, r_t, *rest: (s_t, (r_t - 4) / 2, *rest))(*step(game, a)),
+    )
+    args = tiny_dqn(tmp_path, env_ids=("toy_games:Clock-v0",), learning_starts=1000)
+    net = policy_distillation.make_net(args, [2])
+    learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
+    learner.learn(20)
+    (memory,), t = learner.memories, torch.arange(20)
+    r_t = memory.values_at(torch.zeros(20).long(), t)[:, 1]
+    assert r_t[:7].tolist() == [-1, -1, -0.5, 0, 0.5, 1, 1]
+    stacks = memory.stacks(torch.zeros(20).long(), t)[:, 0, 0].tolist()
+    assert stacks == [[max(0, n % 7 - back) for back in (3, 2, 1, 0)] for n in range(20)]
+
+
+def test_math_each_of_dqns_games_begins_anew(tmp_path):
+    args = tiny_dqn(tmp_path, learning_starts=1000)
+    net = policy_distillation.make_net(args, [2])
+    learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
+    learner.learn(50)
+    sides = learner.memories[0].screens[0, :50, 30, 0].view(5, 10)
+    assert len({tuple(game) for game in sides.tolist()}) == 5
 
 
 def test_gradient_dqn_reaches_its_network_and_not_the_target(tmp_path):
@@ -470,6 +523,17 @@ def test_math_a_game_comes_back_from_its_seed_and_actions(env_id, training, step
         assert (again.s == game.s).all() and again.age == game.age
         assert again.step(a)[:3] == game.step(a)[:3]
     assert again.state == game.state
+
+
+def test_math_atari_is_played_in_steps_of_four_frames_and_told_in_frames():
+    game = Game("PongNoFrameskip-v4", False, 3)
+    ale = game.env.unwrapped.ale
+    frames = ale.getEpisodeFrameNumber()
+    game.step(2)
+    assert ale.getEpisodeFrameNumber() == frames + 4
+    layers = [layer := game.env] + [layer := layer.env for _ in range(8) if hasattr(layer, "env")]
+    kinds = [type(layer).__name__ for layer in layers]
+    assert kinds.index("AtariPreprocessing") < kinds.index("RecordEpisodeStatistics")
 
 
 def test_math_a_lost_life_is_followed_by_an_episode_of_the_same_game():
@@ -705,6 +769,7 @@ def test_math_evaluation_is_the_same_for_all_and_leaves_the_random_numbers_alone
     metrics = policy_distillation.evaluate_games(net, [], args)
     assert metrics["eval/episodic_return"] == score and metrics["eval/episodic_length"] == 10
     assert 9.5 < score < 10  # 5 % exploration
+    assert 0.3 < metrics["eval/episodic_return_std"] < 1  # binomial: 0.49
     assert begun[:30] == begun[30:] and len(set(begun)) == 30
     blind = dataclasses.replace(args, eval_epsilon=1.0)
     assert 4 < policy_distillation.evaluate(teacher, SIDE, blind)["episodic_return"] < 6
@@ -1089,6 +1154,16 @@ def test_learns_nothing_with_evaluate_which_shows_what_the_checkpoint_holds(tmp_
     assert sorted(tmp_path.rglob("*")) == [path.parent, path]
 
 
+def test_bad_input_a_student_is_not_compared_with_other_teachers(tmp_path):
+    args = tiny(tmp_path, teachers=(teacher_file(tmp_path / "a.pt", SIDE, 2),), run_dir="")
+    given = {"args": dataclasses.asdict(args) | {"env_ids": (SIDE,)}}
+    other = torch.nn.ModuleList([GameNetwork(WIDTHS["same"], [2])])
+    net, path = GameNetwork(WIDTHS["net3"], [2]).state_dict(), tmp_path / "student.pt"
+    policy_distillation.save_checkpoint(path, net=net, teachers=other.state_dict(), **given)
+    with pytest.raises(SystemExit, match=r"student.pt was made with other --teachers than .*a.pt"):
+        policy_distillation.main(dataclasses.replace(args, evaluate=str(path)))
+
+
 def test_learns_the_toy_game_as_a_teacher_and_serves_as_one(tmp_path):
     args = tiny_dqn(tmp_path, optimizer="adam", learning_rate=1e-3, total_timesteps=600)
     args = dataclasses.replace(args, dqn_memory_steps=600, batch_size=8, discount=0.0)
@@ -1298,6 +1373,10 @@ def test_bad_input_ctrl_c_before_or_without_training_is_a_sentence(early, tmp_pa
         ({"teachers": ("same.pt",)}, "same.pt is missing, damaged or no DQN of one game"),
         ({"teachers": ("three.pt",)}, "three.pt plays toy_games:Side-v0 with 3 actions.*has 2"),
         (DISTILL | {"temperature": 0.0}, "its limit at 0 is --loss nll"),
+        (
+            DISTILL | {"temperature": 0.1, "loss": "mse"},
+            "--temperature has no effect with --loss mse",
+        ),
         (
             DISTILL | {"teacher_epsilon": 1.5},
             "--teacher-epsilon must lie between 0 and 1, not at 1.5",
