@@ -769,10 +769,10 @@ def test_math_evaluation_is_the_same_for_all_and_leaves_the_random_numbers_alone
     metrics = policy_distillation.evaluate_games(net, [], args)
     assert metrics["eval/episodic_return"] == score and metrics["eval/episodic_length"] == 10
     assert 9.5 < score < 10  # 5 % exploration
-    assert 0.3 < metrics["eval/episodic_return_std"] < 1  # binomial: 0.49
     assert begun[:30] == begun[30:] and len(set(begun)) == 30
     blind = dataclasses.replace(args, eval_epsilon=1.0)
-    assert 4 < policy_distillation.evaluate(teacher, SIDE, blind)["episodic_return"] < 6
+    found = policy_distillation.evaluate(teacher, SIDE, blind)
+    assert 4 < found["episodic_return"] < 6 and 1.1 < found["episodic_return_std"] < 2  # 1.58
     torch.manual_seed(3)
     assert torch.equal(before, torch.get_rng_state())
 
