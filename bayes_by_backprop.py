@@ -488,9 +488,10 @@ def check(args: Args) -> None:
             raise SystemExit(f"{flag} must be above 0 in 32 bits, not at {value}.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
-    folders = Path(args.run_dir).resolve(), Path(args.resume).parent.resolve()
-    if args.resume and args.run_dir and folders[0] != folders[1]:
-        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+    checkpoint = args.resume or args.evaluate
+    elsewhere = Path(args.run_dir).resolve() != Path(checkpoint).parent.resolve()
+    if checkpoint and args.run_dir and elsewhere:
+        raise SystemExit("--resume and --evaluate stay in their folder: leave --run-dir out.")
 
 
 def check_experiment(args: Args) -> None:

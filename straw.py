@@ -19,25 +19,30 @@ Departures: ours (the paper's)
     lambda 1e-3, alpha 1e-5, entropy cost 1e-3, learning rate 5e-4 (drawn at random, 200 runs each);
       discount 0.99, RMSProp's decay 0.99 and epsilon 0.1, gradient norm 40, value cost 0.5 (not
       told)
-    the Run lines of mazes have larger steps, a shorter sight and 4 games a worker, and move goals
-      away every 250,000 steps (2 million), to learn in 10 million steps (200 million)
+    the Run lines of mazes: learning rate and RMSProp's epsilon 1e-3, discount 0.95, 4 games a
+      worker, 10 million steps (200 million); with a curriculum goals move away every 250,000 (2
+      million). That of Atari: 3 million steps of one agent (500 million, the best five of many)
     tanh in the planner's perceptron (not told; with ReLU plans can grow exponentially)
-    at first the patch lies over the next K steps and a plan lasts 5 at most (not told); the grid's
-      position is a sigmoid times the plan's length, so it cannot leave it (DRAW: linear); its
-      stride is exp(psi) columns (DRAW: (T - 1) / (K - 1) exp(psi))
+    at first A is 0 and c 1, the patch lies over the next K steps and a plan lasts 5 at most (not
+      told); the grid's position is a sigmoid times the plan's length, from column 1 on for c, so it
+      cannot leave it (DRAW: linear); its stride is exp(psi) columns (DRAW: (T - 1) / (K - 1)
+      exp(psi)), psi_c's is not used
+    lambda is paid for c_0 after the shift: the chance that a step was drawn with (the index in eq.
+      3 is hard to read)
     the last entry of a written commitment plan is 1, so that at the end of a plan there is another,
       whatever b (not told); b starts at 0 (not told); z = mu + sigma eps (sigma or its square)
-    the gate is sampled in evaluation, too (not told); an advantage is clipped in the policy's
+    gate and noise are drawn in evaluation, too (not told); an advantage is clipped in the policy's
       gradient, not in the value's (not told)
     processes, as many as there are cores (32 threads), each with K games (1), an update sums the
       gradients of their rollouts. With K > 1 these run on past the ends of games (end there)
-    the state that a rollout ends in is valued with a gate drawn for that alone; the step from
-      there, in the next rollout, draws its own (not told)
+    the state that a rollout ends in is valued with a gate and noise drawn for that alone; the step
+      from there, in the next rollout, draws its own (not told)
     mazes: 0.05 for r, perfect mazes with a tenth of the inner walls opened, 16 filters, 128 units
-      (not told); the limit of 100 steps cuts the return and bootstraps (not told)
+      (not told); after 100 steps an episode is cut off, its return goes on as V (not told)
     Atari: rewards clipped to [-1, 1], an episode ends with a life, four screens (not told)
-    text: learning rate 1, falling, gradient norm 0.5, 32 places in pieces of 40 characters, 256
-      LSTM cells (not told); mean loss (sum); macro-actions of length 3 and 4 (4), read off the
+    text: by default Python's own help, in the Run line Shakespeare (Penn Treebank); learning rate
+      1, falling, gradient norm 0.5, 32 places in pieces of 40 characters, 256 LSTM cells (not
+      told); mean loss (sum); macro-actions of length 3 and 4 (4), read off the
       likeliest characters; the 49 most frequent characters and one for all others (50 symbols),
       nine tenths to learn, the rest to test (not told); noise and baselines are ours; no GPU
 
@@ -144,7 +149,7 @@ def time_shift(plan: Tensor) -> Tensor:
 
 
 def attended_column(psi: Tensor, first: int, last: int) -> Tensor:
-    """A sigmoid times the way from the first column to the last: it cannot leave the plan."""
+    """Between the first column and the last, by a sigmoid: it cannot leave the plan."""
     return first + (last - first) * psi.sigmoid()
 
 
@@ -223,7 +228,7 @@ class Plan(NamedTuple):
     """What STRAW remembers from step to step."""
 
     A: Tensor  # [B, R, T] outputs: now in column 0, in k steps in column k
-    c: Tensor  # [B, T] chances of replanning, one step late: entry 1 of the last step is for now
+    c: Tensor  # [B, T] chances of replanning k steps after the last one; now draws from entry 1
 
 
 class Output(NamedTuple):
@@ -237,7 +242,7 @@ class Output(NamedTuple):
 
 
 def reach(A: Tensor, mu: Tensor, sigma: Tensor) -> int:
-    """Columns in use: after them plans are empty and filters 0, as float32 is at 15 sigma."""
+    """Columns in use: after them plans are empty, and filters 0 (float32 is, 15 sigma away)."""
     used = A.any(0).any(0).nonzero()
     farthest = max(used[-1].item() if len(used) else 0, (mu[..., -1:] + 15 * sigma).max().item())
     return int(min(A.shape[-1], farthest + 3))
@@ -367,7 +372,7 @@ class StrawPolicy(nn.Module):
         return fresh | draw_gates(plan.c[:, 1], generator), noise
 
     def forward(self, seen: Seen, plan: Plan) -> Output:
-        look = seen.g if self.economic else torch.ones_like(seen.g)  # what is committed need not
+        look = seen.g if self.economic else torch.ones_like(seen.g)  # committed steps need none
         zeta = torch.zeros(*look.shape, 128)
         zeta[look] = self.features(seen.s[look])
         return self.straw(zeta, seen.eps, seen.fresh, plan, seen.g)
@@ -557,7 +562,7 @@ def clip_by_norm(gradients: Sequence[Tensor], max_norm: float) -> float:
 
 
 def gradients_of(loss: Tensor, net: nn.Module, max_norm: float) -> tuple[Sequence[Tensor], float]:
-    """Clipped, and their norm; 0 for what took no part, as planners do not in a long commitment."""
+    """Clipped, and their norm; 0 for parameters not in the loss, as a planner's while committed."""
     theta = list(net.parameters())
     if not loss.requires_grad:
         return [torch.zeros_like(t) for t in theta], 0.0
@@ -678,7 +683,7 @@ def rank_macro_actions(used: Counter, occurring: Counter, alphabet: str) -> list
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's; a rank is how many values lie below less how many lie above."""
+    """Spearman's. A rank is how many values lie below less how many above; equal ones share it."""
     ranks = [np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y)]
     return float(np.corrcoef(*ranks)[0, 1])
 
@@ -900,7 +905,7 @@ def rollouts(
             v_t = torch.zeros(K)
             if last or truncated.any():
                 with torch.no_grad():  # the new state is dropped: it has yet to see s_t
-                    v_t = decide(net, (s_t, a_tm1, ended & False), state)[1].y[0, :, -1]
+                    v_t = decide(net, (s_t, a_tm1, torch.zeros_like(ended)), state)[1].y[0, :, -1]
             steps.append((*seen, a_tm1, r_t, terminated, truncated, v_t))
 
             s_tm1, a_tm2, fresh = s_t, a_tm1, ended  # s_t has had its value: it may be overwritten
@@ -937,7 +942,8 @@ def whole_games(
     while playing:
         watch()
         seen, out = decide(net, (s, a, fresh), state, generator)
-        a, fresh, state = sample(out.y[0, :, :-1], generator), fresh & False, out.state
+        a, state = sample(out.y[0, :, :-1], generator), out.state
+        fresh = torch.zeros_like(fresh)
         s, before, ended = s.clone(), playing.copy(), []
         for k in before:
             image, _, terminated, truncated, info = envs[k].step(a[k].item())
@@ -1241,9 +1247,10 @@ def check(args: Args) -> None:
             raise SystemExit(f"{flag} must be above 0 in 32 bits, not at {value}.")
     if args.resume and args.evaluate:
         raise SystemExit("--resume trains and --evaluate does not: pass one of them.")
-    folders = Path(args.run_dir).resolve(), Path(args.resume).parent.resolve()
-    if args.resume and args.run_dir and folders[0] != folders[1]:
-        raise SystemExit("--resume goes on in the folder of its checkpoint: leave --run-dir out.")
+    checkpoint = args.resume or args.evaluate
+    elsewhere = Path(args.run_dir).resolve() != Path(checkpoint).parent.resolve()
+    if checkpoint and args.run_dir and elsewhere:
+        raise SystemExit("--resume and --evaluate stay in their folder: leave --run-dir out.")
 
 
 def check_flags(args: Args) -> None:
@@ -1337,7 +1344,9 @@ def begin(args: Args, net: nn.Module, histogram: Tensor, *shaping: str) -> tuple
     start, path = {"T": 0, "seconds": 0.0}, Path(args.resume or args.evaluate)
     if args.resume or args.evaluate:
         start = load_checkpoint(path, args, net, *SHAPING, *shaping)
-        histogram.copy_(start["histogram"])
+        part = start["args"]["total_timesteps"] / args.total_timesteps  # of a period of then
+        periods = (part * torch.arange(PERIODS)).long().clamp(max=PERIODS - 1)
+        histogram.zero_().index_add_(0, periods, start["histogram"])
     if args.evaluate:
         return start, path.parent, None
     if start["T"] >= args.total_timesteps:
@@ -1453,11 +1462,12 @@ def run_text(args: Args) -> dict[str, float]:
     text, B, N = read_text(args), args.batch_size, args.t_max
     if len(text) < max(50 * B, 2 * N * B):
         raise SystemExit(f"{len(text)} characters are too few for --batch-size {B}, --t-max {N}.")
-    text = encode(text)
+    fingerprint, text = hashlib.md5(text.encode()).hexdigest(), encode(text)
     columns = side_by_side(text[1], B)
     net, histogram = TextModel(args), torch.zeros(PERIODS, LONGEST + 1, dtype=torch.long)
-    shaping = "lstm_size", "dataset", "text_file", "batch_size", "t_max"
-    start, run_dir, writer = begin(args, net, histogram, *shaping)
+    start, run_dir, writer = begin(args, net, histogram, "lstm_size", "batch_size", "t_max")
+    if start.get("text", fingerprint) != fingerprint:
+        raise SystemExit(f"{args.resume or args.evaluate} was made with another text.")
     if args.evaluate:
         return evaluate_text(net, args, text, histogram, run_dir)
     torch.set_rng_state(start.get("rng", torch.get_rng_state()))
@@ -1493,6 +1503,7 @@ def run_text(args: Args) -> dict[str, float]:
             metrics["charts/SPS"] = (step - last_step) / (now - last_time)
             metrics["charts/minutes"] = seconds / 60
             progress = {"T": step, "seconds": seconds, "state": state, "age": age}
+            progress["text"] = fingerprint
             progress |= {"rng": torch.get_rng_state(), "histogram": histogram, "args": asdict(args)}
             save_checkpoint(run_dir / "checkpoint.pt", net=net.state_dict(), **progress)
             every = args.eval_every or math.inf

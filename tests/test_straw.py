@@ -265,6 +265,16 @@ def test_math_noisy_channel_samples_its_gaussian():
     torch.testing.assert_close(kl[0], expected)
 
 
+def test_gradient_passes_through_the_noise_to_mean_and_deviation():
+    channel = straw.NoisyChannel(6, 5).double()
+    zeta, eps, weights = torch.randn(3, 6).double(), torch.randn(3, 5).double(), torch.randn(3, 5)
+    z, _ = channel(zeta, eps)
+    found = torch.autograd.grad((weights * z).sum(), channel.mu_and_log_sigma.bias)[0]
+    sigma = noise_of(channel, zeta)[1]
+    torch.testing.assert_close(found[:5], weights.double().sum(0))
+    torch.testing.assert_close(found[5], (weights * sigma * eps).sum())
+
+
 def plan_by_hand(planner, zeta, eps, A, c, open_gate: float):
     """Algorithm 1 for one plan A [R, T], c [T], in its own words; open_gate may be any number."""
     z = zeta
@@ -499,6 +509,46 @@ def test_math_who_is_not_economic_looks_at_every_step():
     looked_at.clear()
     net(played.seen, played.state)
     assert looked_at == [played.seen.g.numel()]
+
+
+@pytest.mark.parametrize("task", ["maze", "atari"])
+def test_math_features_are_two_convolutions_and_a_layer(task):
+    shape = (7, 7, 3) if task == "maze" else (84, 84, 12)
+    features = straw.ImageFeatures(task, shape)
+    s = torch.randint(0, 256, (5, *shape), dtype=torch.uint8)
+    w = [p.detach() for p in features.parameters()]
+    strides = ({"padding": 1},) * 2 if task == "maze" else ({"stride": 4}, {"stride": 2})
+    x = F.conv2d(s.permute(0, 3, 1, 2).float() / 255, w[0], w[1], **strides[0]).relu()
+    x = F.conv2d(x, w[2], w[3], **strides[1]).relu().flatten(1)
+    expected = (x @ w[4].T + w[5]).relu()
+    torch.testing.assert_close(features(s).detach(), expected, atol=1e-5, rtol=1e-4)
+    assert w[0].shape[-1] == (3 if task == "maze" else 8)
+
+
+@each_model
+def test_gradient_reaches_the_features_and_the_noise_that_is_paid_for(model):
+    net, args = policy(model, replan="always" if model.startswith("straw") else "learned")
+    rollout = some_rollout(net, args)
+    parts = [net.features[0].weight]
+    if model == "strawe":
+        parts.append(net.straw.channel.mu_and_log_sigma.bias)
+    gradients = []
+    for noise_cost in (0.0, 10.0):
+        loss, _ = straw.straw_loss(net, rollout, dataclasses.replace(args, noise_cost=noise_cost))
+        gradients.append(torch.autograd.grad(loss, parts))
+    assert all(g.abs().max() > 1e-6 for g in gradients[0])
+    if model == "strawe":
+        mu, sigma = noise_of(net.straw.channel, net.features(rollout.seen.s.flatten(0, 1)))
+        expected = torch.cat([mu.sum(0), (5 * sigma**2 - 5).sum(0)])  # of the KL, 5 dimensions
+        paid = (gradients[1][1] - gradients[0][1]) / 10
+        torch.testing.assert_close(paid, expected.detach(), rtol=1e-2, atol=1e-2)
+
+
+def test_math_who_always_replans_is_never_committed():
+    net, args = policy("straw", replan="always", maze_size=7)
+    assert straw.evaluate(net, args, 0)["eval/committed"] == 0
+    _, visits, replans = straw.count_replans(net, args)
+    assert np.array_equal(visits, replans) and visits.sum() > 20
 
 
 @pytest.mark.parametrize(("replan", "lengths"), [("always", {1}), ("random", {1, 2, 3, 4, 5})])
@@ -796,6 +846,13 @@ def test_math_mazes_are_closed_and_connected_and_measured_like_by_brute_force(S)
     assert (found[walls] == -1).all()
 
 
+def test_math_doors_open_in_both_directions(monkeypatch):
+    monkeypatch.setattr(straw, "OPENED", 1.0)
+    walls = straw.carve(9, np.random.default_rng(0))
+    assert not walls[1:-1:2, 1:-1].any() and not walls[1:-1, 1:-1:2].any()
+    assert walls[2:-2:2, 2:-2:2].all() and walls[[0, -1]].all() and walls[:, [0, -1]].all()
+
+
 def test_math_mazes_differ_and_some_have_two_ways():
     random = np.random.default_rng(0)
     mazes = [straw.carve(11, random) for _ in range(20)]
@@ -886,6 +943,20 @@ def test_math_atari_screens_are_colour_and_stacked():
     assert (s[..., 9] != s[..., 10]).any()  # not grey
     following = env.step(1)[0]
     assert np.array_equal(following[..., :9], s[..., 3:])
+
+
+def test_math_atari_is_played_as_by_dqn():
+    args = Args(task="atari", env_id="BreakoutNoFrameskip-v4")
+    for training in (True, False):
+        env, starts = straw.make_env(args, training), []
+        layers = [layer := env] + [layer := layer.env for _ in range(4)]
+        assert any(isinstance(x, straw.EpisodicLife) for x in layers) == training
+        for seed in range(20):
+            env.reset(seed=seed)
+            starts.append(env.unwrapped.ale.getEpisodeFrameNumber())
+        assert min(starts) >= 1 and max(starts) <= 30 and len(set(starts)) > 8
+        env.step(1)
+        assert env.unwrapped.ale.getEpisodeFrameNumber() == starts[-1] + 4
 
 
 def test_math_commitments_are_counted_as_in_a_loop():
@@ -1015,6 +1086,8 @@ def test_math_alphabet_holds_the_49_most_frequent_characters():
     expected = "".join(c if c in letters[:49] else straw.OTHER for c in text)
     assert "".join(alphabet[i] for i in whole) == expected
     assert len(train) == len(text) * 9 // 10
+    late = straw.encode("ab" * 450 + "c" * 100)[0]
+    assert late.startswith("ab") and "c" not in late  # the rest is not looked at
 
 
 def test_math_text_is_read_side_by_side():
@@ -1557,7 +1630,7 @@ def test_math_text_comes_from_the_file_or_the_folder_of_data(tmp_path, monkeypat
         ("maze", {"model": "strawe", "replan": "always", "plan_length": 21, "plan_filters": 4}),
         ("maze", {"noise_size": 6, "maze_size": 7, "maze_reward": 0.1, "curriculum_period": 9}),
         ("atari", {"env_id": "test_straw:Hue-v0", "replan": "random", "task": "maze"}),
-        ("text", {"lstm_size": 17, "dataset": "ptb", "text_file": "b.txt", "replan": "always"}),
+        ("text", {"lstm_size": 17, "replan": "always"}),
         ("text", {"batch_size": 5, "t_max": 11, "plan_length": 21}),
     ],
 )
@@ -1577,6 +1650,31 @@ def test_bad_input_a_run_goes_on_with_the_flags_that_shape_it(task, flags, tmp_p
         with pytest.raises(SystemExit, match=f"made with {flag} {value}, not with {flag} "):
             straw.main(dataclasses.replace(args, resume=str(path)))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "text.txt"]
+
+
+def test_bad_input_a_run_goes_on_with_its_text_wherever_that_lies(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = periodic_text(tmp_path)
+    args = Args(**TEXT, text_file=path, total_timesteps=80, run_dir="run")
+    straw.main(args)
+    args = dataclasses.replace(args, run_dir="", evaluate="run/checkpoint.pt")
+    straw.main(dataclasses.replace(args, text_file=Path(path).name))
+    with open(path, "a") as file:
+        file.write(".")
+    with pytest.raises(SystemExit, match=r"run/checkpoint.pt was made with another text"):
+        straw.main(args)
+
+
+def test_math_commitments_move_to_earlier_periods_when_a_run_is_made_longer(tmp_path):
+    args = Args(**TEXT, text_file=periodic_text(tmp_path), total_timesteps=2000)
+    straw.main(dataclasses.replace(args, run_dir=str(tmp_path)))
+    path = tmp_path / "checkpoint.pt"
+    before = torch.load(path)["histogram"]
+    longer = dataclasses.replace(args, resume=str(path), total_timesteps=4000)
+    straw.main(longer)
+    after = torch.load(path)["histogram"]
+    assert torch.equal(after[:25], before[0::2] + before[1::2])
+    assert before[25:].any() and after[25:].any()
 
 
 def test_bad_input_a_picture_that_cannot_be_written(tmp_path, monkeypatch):
