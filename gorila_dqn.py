@@ -907,7 +907,7 @@ def keep_memory() -> None:
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
 FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
-POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start")
+POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
 def check(args: Args) -> None:

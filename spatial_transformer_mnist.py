@@ -400,6 +400,8 @@ def load_mnist(data_dir: str, split: Literal["train", "t10k"]) -> tuple[Tensor, 
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise SystemExit(f"{path} is damaged ({error}); delete it to fetch it again.") from None
     images, labels = arrays
+    if len(images) != len(labels) or len(labels) == 0 or labels.max() > 9:
+        raise SystemExit(f"{path} and its images do not belong together; delete both.")
     return torch.tensor(images), torch.tensor(labels, dtype=torch.long)
 
 
@@ -681,7 +683,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
 FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
-POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start")
+POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
 def check(args: Args) -> None:

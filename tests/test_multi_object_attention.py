@@ -84,8 +84,89 @@ def test_math_glimpse_network_multiplies_and_ram_adds():
         what = (x.flatten(1) @ a.weight.T + a.bias).relu()
         where = (l @ b.weight.T + b.bias).relu()
         torch.testing.assert_close(glimpse(x, l), what * where if deep else what + where)
-    alive = made().glimpse.where(torch.randn(500, 2)) > 0
-    assert alive.float().mean() > 0.8  # else the product would be 0
+    torch.manual_seed(0)
+    alive = made(sizes=SMALL._replace(width=2000)).glimpse.where(torch.randn(500, 2)) > 0
+    assert alive.float().mean() == pytest.approx(1 - 1 / (2 * math.e), abs=0.03)  # else half
+
+
+def convolved(x: torch.Tensor, layers: list, *strides: int) -> torch.Tensor:
+    """Convolutions, each followed by a ReLU."""
+    for layer, stride in zip(layers, strides, strict=True):
+        x = F.conv2d(x, layer.weight, layer.bias, stride).relu()
+    return x
+
+
+def of_kind(module: torch.nn.Module, kind: type) -> list:
+    return [layer for layer in module.modules() if isinstance(layer, kind)]
+
+
+def test_math_the_networks_beside_the_lstms_are_those_of_a_loop():
+    torch.manual_seed(0)
+    conv, linear = torch.nn.Conv2d, torch.nn.Linear
+    x = torch.rand(3, 1, 48, 48)
+    context = dram.ContextNetwork(64).apply(dram.initialise)
+    layers = of_kind(context, conv)
+    shrunk = x.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5))  # to 24x24
+    expected = convolved(shrunk, layers[:2], 1, 2)
+    expected = F.conv2d(expected, layers[2].weight, layers[2].bias, 2).tanh().flatten(1)
+    torch.testing.assert_close(context(x), expected)
+    assert [layer.weight.shape[0] for layer in layers] == [32, 32, 4] and expected.shape == (3, 64)
+
+    r = torch.randn(3, 32)
+    for network in (dram.EmissionNetwork(SMALL), dram.Classifier(SMALL)):
+        hidden, top = of_kind(network, linear)
+        expected = (r @ hidden.weight.T + hidden.bias).relu() @ top.weight.T + top.bias
+        torch.testing.assert_close(network(r), expected)
+
+    what = dram.GlimpseNetwork(SMALL._replace(convolutional=True), product=True).what
+    patches = torch.rand(3, 2, 12, 12)
+    (top,) = of_kind(what, linear)
+    features = convolved(patches, of_kind(what, conv), 1, 1, 1).flatten(1)
+    torch.testing.assert_close(what(patches), (features @ top.weight.T + top.bias).relu())
+
+
+def test_math_the_first_weights_are_hes_and_the_first_biases_say_keep():
+    torch.manual_seed(0)
+    net, H = DeepRecurrentAttentionModel(Sizes(num_classes=55)), 512
+    for cell in (net.lstm1, net.lstm2):
+        assert (cell.bias_hh[H : 2 * H] == 1).all() and cell.bias_hh.sum() == H
+        assert (cell.bias_ih == 0).all()
+    assert not net.baseline.weight.any() and (net.glimpse.where[0].bias == 1).all()
+    weight = net.classifier[0].weight
+    assert weight.std().item() == pytest.approx((2 / H) ** 0.5, rel=0.02)
+    assert not net.classifier[0].bias.any()
+
+
+@pytest.mark.parametrize("task", ["addition", "svhn"])
+def test_math_the_convolutional_network_is_that_of_a_loop(task):
+    torch.manual_seed(0)
+    sizes = Sizes(**dram.SIZES[task])._replace(S=54 if task == "svhn" else 100)
+    net, x = dram.ConvolutionalBaseline(sizes).eval(), images(2, sizes.S)
+    convolutions, linears = of_kind(net, torch.nn.Conv2d), of_kind(net, torch.nn.Linear)
+    y = x[:, None].float() / 255
+    for n, layer in enumerate(convolutions):
+        y = F.conv2d(y, layer.weight, layer.bias, padding=1 if task == "svhn" else 0).relu()
+        y = F.max_pool2d(y, 2) if task != "svhn" or n == 4 else y
+    y = F.adaptive_max_pool2d(y, 10) if task == "svhn" else y
+    y = y.flatten(1)
+    for layer in linears[:-1]:
+        y = (y @ layer.weight.T + layer.bias).relu()
+    y = y @ linears[-1].weight.T + linears[-1].bias
+    with torch.no_grad():
+        torch.testing.assert_close(net(x).flatten(1), y, rtol=1e-3, atol=1e-4)
+    dropouts = of_kind(net, torch.nn.Dropout)
+    assert [layer.p for layer in dropouts] == [0.5] * (10 if task == "svhn" else 0)
+    assert [layer.out_features for layer in linears[:-1]] == ([3096] * 2 if dropouts else [512])
+
+
+def test_math_sizes_of_each_task_are_the_papers():
+    pairs, addition, svhn = (dram.sizes_of(Args(task=task)) for task in dram.SIZES)
+    assert (pairs.width, pairs.num_clutter, pairs.num_classes) == (256, 8, 55)
+    assert pairs.num_glimpses == addition.num_glimpses == 4
+    assert (addition.width, addition.num_clutter, addition.num_classes) == (256, 0, 19)
+    assert (svhn.width, svhn.num_labels, svhn.num_classes, svhn.num_glimpses) == (1024, 6, 11, 3)
+    assert {sizes.lstm for sizes in (pairs, addition, svhn)} == {512}
+    assert (pairs.location_unit, addition.location_unit, svhn.location_unit) == (20, 20, 12)
 
 
 def test_math_sizes_are_the_papers():
@@ -537,6 +618,16 @@ def test_math_directions_are_combined_on_the_shorter_length(forward, backward, e
     assert answer == expected + [TERMINAL] * (6 - len(expected))
 
 
+def test_math_no_number_has_an_end_in_its_middle():
+    """Each direction would rather read a digit, their sum would rather end."""
+    forward, backward = saying(1, 2, 3), saying(3, 2, 1)
+    for log_p, digit in ((forward, 2), (backward, 7)):
+        log_p[0, 1] = -9.0
+        log_p[0, 1, [digit, TERMINAL]] = torch.tensor([-1.0, -1.1])
+    first, middle, last, *ends = dram.combine(forward, backward)[0].tolist()
+    assert (first, last, ends) == (1, 3, [TERMINAL] * 3) and middle in (2, 7)
+
+
 def test_math_directions_add_their_log_probabilities():
     forward, backward = saying(1, 2), saying(2, 1)
     forward[0, 0, 4] = forward[0, 0, 1] + 0.3  # a slight error at the first digit,
@@ -755,6 +846,17 @@ def test_math_test_sets_are_frozen_and_epochs_are_not():
     assert len(data[0].test[0]) == 297
     first, second = (next(dram.minibatches(Args(**DIGITS), data[0])) for _ in range(2))
     assert first[0].shape == (128, 100, 100) and not torch.equal(first[0], second[0])
+
+
+def test_math_without_holding_out_all_is_learned_in_epochs_as_long(monkeypatch):
+    monkeypatch.setattr(dram, "IMAGES_PER_EPOCH", 1400)
+    parts, whole = (dram.load_data(Args(**DIGITS, hold_out=out), "cpu") for out in (True, False))
+    assert (len(parts.images), len(whole.images)) == (1250, 1500)
+    assert torch.equal(whole.images[:1250], parts.images) and len(whole.labels) == 1500
+    for name in ("validation", "test"):  # the same scenes
+        assert all(map(torch.equal, getattr(parts, name), getattr(whole, name)))
+    for data, count in ((parts, 1250), (whole, 1400)):
+        assert sum(len(x) for x, _ in dram.minibatches(Args(**DIGITS), data)) == count
 
 
 @pytest.mark.parametrize("task", ["pairs", "addition"])
@@ -1287,6 +1389,13 @@ def test_math_evaluations_are_of_their_sets_and_at_their_epochs(watched, tmp_pat
     assert watched.evaluations == [between[-1], of_test] and len(watched.drawings) == 1
 
 
+def test_math_who_holds_nothing_out_validates_on_nothing(watched, tmp_path):
+    args = Args(**DIGITS, epochs=5, eval_every=2, hold_out=False, run_dir=str(tmp_path))
+    metrics = dram.main(args)
+    assert watched.evaluations == [(15, "eval", "test")] and metrics["eval/error"] == 15.5
+    assert "validation" not in (tmp_path / "metrics.csv").read_text()
+
+
 def test_bad_input_a_loss_that_is_no_number_stops_the_run(watched, tmp_path):
     watched.losses[:] = [1.0] * 4 + [math.nan] * 9
     with pytest.raises(dram.Diverged, match="The loss is nan in step 2 of epoch 2"):
@@ -1302,7 +1411,8 @@ def test_bad_input_flags_that_shape_a_network_stay_as_they_were(watched, tmp_pat
     changes = [(Args(**DIGITS), *change) for change in flags.items()]
     changes += [(Args(**HOUSES, device="cpu"), "forward_backward", True)]
     kept = {"seed": 2, "batch_size": 64, "optimizer": "sgd", "learning_rate": 0.5}
-    kept |= {"bfloat16": True, "location_std": 0.3, "location_rate": 0.5, "reward": "correct"}
+    kept |= {"bfloat16": True, "location_rate": 0.5, "reward": "correct", "hold_out": False}
+    kept |= {"learning_rate_decay": 0.5}
     kept |= {"reinforce_weight": 1.0, "reinforce_into_core": False, "monte_carlo_samples": 2}
     assert kept.keys() == set(dram.KEPT)
     going_on = [(Args(**DIGITS), *change) for change in kept.items()]
@@ -1321,7 +1431,13 @@ def test_bad_input_flags_that_shape_a_network_stay_as_they_were(watched, tmp_pat
                 dram.main(dataclasses.replace(changed, **{flag: path}))
         if (args, name, value) in going_on:
             found = dram.main(dataclasses.replace(changed, evaluate=path))
-            assert found.keys() == {"validation/error", "eval/error"}
+            assert found.keys() == {"validation/error", "eval/error"} or name == "hold_out"
+    for flag in ("resume", "evaluate"):  # but another run may begin with these weights
+        changed = Args(**DIGITS, location_std=0.3, **{flag: paths["pairs"]})
+        with pytest.raises(SystemExit, match=r"made with --location-std 0.17, not with .* 0.3"):
+            dram.main(changed)
+    more = {"pretrained": paths["pairs"], "run_dir": str(tmp_path / "more"), "epochs": 1}
+    dram.main(Args(**DIGITS, location_std=0.3, **more))
 
 
 def test_math_pictures_show_the_path_and_what_is_read_after_each_glimpse(monkeypatch, tmp_path):
@@ -1474,6 +1590,9 @@ def test_bad_input_archives(svhn, monkeypatch):
     assert not list(folder.glob("decoded*"))
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="pip install h5py"):
         patch.setitem(sys.modules, "h5py", None)
+        dram.load_svhn(str(svhn), 64)
+    torch.save({"train": 1}, folder / "decoded_64.pt")
+    with pytest.raises(SystemExit, match=r"decoded_64.pt is damaged"):
         dram.load_svhn(str(svhn), 64)
     (folder / "decoded_64.pt").write_bytes(b"nothing")
     with pytest.raises(SystemExit, match=r"decoded_64.pt is damaged"):
