@@ -1052,7 +1052,7 @@ def check_reading(args: Args) -> None:
     ):
         if refused:
             raise SystemExit(sentence)
-    if args.run_dir and not args.evaluate and Path(args.run_dir, "checkpoint.pt").exists():
+    if args.run_dir and not args.evaluate and os.path.exists(Path(args.run_dir, "checkpoint.pt")):
         open_run_dir(args, "", "")  # refuses it before anything is loaded
 
 
@@ -1107,7 +1107,7 @@ def run(args: Args, device: str) -> dict[str, float]:
     shaping += ("location_std",) if args.resume or args.evaluate else ()
     shaping += ("svhn_size",) if args.resume or args.model == "conv" else ()
     kept = KEPT if args.resume else ()
-    first_epoch, seconds = 1, 0.0
+    first_epoch, seconds, finished = 1, 0.0, False
     if path := args.resume or args.evaluate or args.pretrained:
         checkpoint = load_checkpoint(Path(path), args, nets, *shaping, *kept)
     if args.resume:
@@ -1160,9 +1160,10 @@ def run(args: Args, device: str) -> dict[str, float]:
             state = {"net": nets.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
             save_checkpoint(run_dir / "checkpoint.pt", epoch=epoch, **state)
+            finished = epoch == args.epochs
             report(writer, epoch, metrics)
     except KeyboardInterrupt:
-        raise stopped(run_dir) from None
+        raise stopped(run_dir, finished) from None
     finally:
         writer.close()
     if args.model != "conv":
