@@ -376,7 +376,83 @@ def test_math_cifar_is_read_as_published(tmp_path):
     assert len(prong.load_cifar10(str(folder), "test")[0]) == 60
 
 
+def test_math_cifar_is_centred_scaled_and_split(tmp_path):
+    task = prong.make_task(Args(task="cifar10", data_dir=str(make_cifar(tmp_path))), "cpu")
+    x, y = prong.load_cifar10(str(tmp_path), "train")
+    assert torch.equal(task.x, x[:50]) and torch.equal(task.y, y[:50])
+    assert torch.equal(task.held_out["validation"][0], x[50:])
+    given, mean = x[:7].float(), x[:50].float().mean((0, 2, 3))
+    expected = (given[:, :, 4:28, 4:28] - mean[:, None, None]) / 64
+    torch.testing.assert_close(task.prepare(x[:7], False), expected)
+    assert not torch.equal(task.prepare(x[:7], True), expected)  # cropped anywhere
+
+
+def test_math_the_fisher_task_looks_at_the_middle_of_three_layers():
+    task = prong.make_task(Args(task="fisher", dataset="digits"), "cpu")
+    layers = [layer for layer in task.net if isinstance(layer, WhitenedLayer)]
+    assert [tuple(layer.V.shape) for layer in layers] == [(20, 100), (20, 20), (10, 20)]
+    matrix = prong.fisher_matrix(task.net, layers[1], task.prepare(task.x[:2000], False))
+    torch.testing.assert_close(prong.probe_fisher(task), matrix)
+    assert task.prepare(torch.full((1, 28, 28), 255, dtype=torch.uint8), False).max() == 1
+
+
 # ---- Training -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "fisher"])
+def test_math_evaluation_is_that_of_all_images_at_once(name):
+    torch.manual_seed(0)
+    args = Args(task=name, dataset="digits", method="prong+" if name == "autoencoder" else "sgd")
+    task = prong.make_task(args, "cpu")
+    before = {key: value.clone() for key, value in task.net.state_dict().items()}
+    metrics = prong.evaluate(task, args)
+    assert all(torch.equal(value, before[key]) for key, value in task.net.state_dict().items())
+    task.net.eval()
+    for tag, (x, y) in {"train": (task.x, task.y), **task.held_out}.items():
+        given = task.prepare(x, False)
+        with torch.no_grad():
+            output = task.net(given)
+        if name == "autoencoder":
+            loss = F.binary_cross_entropy_with_logits(output, given, reduction="none").sum(1).mean()
+            error = (output.sigmoid() - given).square().sum(1).mean().item()
+        else:
+            loss = F.cross_entropy(output, y)
+            error = 100 * (output.argmax(1) != y).double().mean().item()
+        assert metrics[f"eval/{tag}_loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert metrics[f"eval/{tag}_error"] == pytest.approx(error, rel=1e-5)
+
+
+def test_math_whitening_comes_first_and_from_other_images_each_time(tmp_path, monkeypatch):
+    seen, order, update = [], [], prong.update
+    monkeypatch.setattr(prong, "rewhiten", lambda net, x, *_: seen.append(x) or order.append("U"))
+    monkeypatch.setattr(prong, "update", lambda *how: order.append("step") or update(*how))
+    args = Args(**TINY | {"total_iterations": 4, "whitening_period": 2}, run_dir=str(tmp_path))
+    prong.main(args)
+    assert order == ["U", "step", "step"] * 2
+    first = prong.make_task(args, "cpu")
+    first = first.prepare(first.x[: len(seen[0])], False)
+    assert len(seen[0]) == args.whitening_samples
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], first)
+
+
+def test_math_rmsprop_follows_its_flags():
+    args = Args(method="rmsprop", rmsprop_decay=0.7, rmsprop_eps=0.3, momentum_decay=0.6)
+    (group,) = prong.make_optimizer(torch.nn.Linear(1, 1), args).param_groups
+    assert (group["alpha"], group["eps"], group["momentum"]) == (0.7, 0.3, 0.6)
+
+
+def test_learns_on_with_the_errors_it_waited_for(tmp_path, monkeypatch):
+    made, begin = [], prong.Waterfall.__init__
+    monkeypatch.setattr(
+        prong.Waterfall, "__init__", lambda self, opt: made.append(self) or begin(self, opt)
+    )
+    args = Args(task="fisher", **TINY | {"total_iterations": 1}, run_dir=str(tmp_path))
+    prong.main(args)
+    path = tmp_path / "checkpoint.pt"
+    prong.save_checkpoint(path, **torch.load(path) | {"waterfall": (0.5, 3)})
+    prong.main(dataclasses.replace(args, total_iterations=2, run_dir="", resume=str(path)))
+    assert (made[-1].best, made[-1].waited) == (0.5, 3)
+    assert torch.load(path)["waterfall"] == (0.5, 3)
 
 
 def test_math_waterfall():
@@ -519,9 +595,31 @@ def test_learns_with_the_whole_grid_and_names_the_best(tmp_path, monkeypatch):
     first = (tmp_path / "tune.csv").read_text().splitlines()[0]
     assert first.startswith("rate_0.001_momentum_0.9_batch_32,")
     tried.clear()
-    lines = (tmp_path / "tune.csv").read_text().splitlines()
-    (tmp_path / "tune.csv").write_text("\n".join(lines[1:]))
+    saved = torch.load(tmp_path / "tune.pt")
+    del saved["losses"]["rate_0.001_momentum_0.9_batch_32"]
+    prong.save_checkpoint(tmp_path / "tune.pt", **saved)
     assert prong.tune(args) == result and len(tried) == 1, "the rest is not made again"
+    for name, value in {"method": "sgd", "total_iterations": 3, "epsilon": 0.5}.items():
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(SystemExit, match=f"tune.pt was made with {flag} .*, not with {flag}"):
+            prong.tune(dataclasses.replace(args, **{name: value}))
+
+
+def test_learns_on_with_a_setting_that_ended_before_its_row(tmp_path):
+    """It is evaluated; one that was cut short is resumed."""
+    args = Args(task="fisher", method="sgd", dataset="digits", run_dir=str(tmp_path))
+    args = dataclasses.replace(args, total_iterations=2, report_every=1)
+    first = dataclasses.replace(args, learning_rate=0.1, momentum_decay=0.0, batch_size=32)
+    folder = str(tmp_path / "rate_0.1_momentum_0.0_batch_32")
+    ended = prong.main(dataclasses.replace(first, run_dir=folder))
+    folder = str(tmp_path / "rate_0.1_momentum_0.0_batch_64")
+    half = dataclasses.replace(first, batch_size=64, total_iterations=1, run_dir=folder)
+    prong.main(half)
+    prong.main(dataclasses.replace(args, tune=True))
+    losses = torch.load(tmp_path / "tune.pt")["losses"]
+    assert losses["rate_0.1_momentum_0.0_batch_32"] == ended["eval/train_loss"]
+    assert len(losses) == 24
+    assert torch.load(Path(folder, "checkpoint.pt"))["t"] == 2
 
 
 # ---- Mistakes of users --------------------------------------------------------------------------
@@ -545,6 +643,7 @@ def test_learns_with_the_whole_grid_and_names_the_best(tmp_path, monkeypatch):
         ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
         ({"evaluate": "x.pt", "tune": True}, "leave --resume and --ev"),
         ({"method": "prong+"}, "--task fisher compares"),
+        ({"tune": True, "batch_size": 7}, "--tune tries its own values of --batch-size"),
         ({"epsilon": 0.0}, "--epsilon must be above 0, not 0.0"),
         ({"whitening_samples": 1}, "--whitening-samples must be at least 2, not 1"),
         (
@@ -575,7 +674,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
     [
         ("load_digits", r"^Stopped\.$"),
         ("update", r"^Stopped before the first checkpoint\.$"),
-        ("report", r"^Stopped; go on with the same flags and --resume .*checkpoint\.pt$"),
+        ("report", r"^Stopped; evaluate with --evaluate .*checkpoint\.pt$"),
     ],
 )
 def test_bad_input_a_signal_ends_a_run_in_one_sentence(at, sentence, tmp_path, monkeypatch):
@@ -596,7 +695,7 @@ def test_bad_input_ctrl_c_ends_the_whole_grid(tmp_path, monkeypatch):
         return {"eval/train_loss": 1.0}
 
     monkeypatch.setattr(prong, "run", run)
-    with pytest.raises(SystemExit, match=r"^Stopped\.$"):
+    with pytest.raises(SystemExit, match=r"^Stopped; go on with the same flags and --run-dir /"):
         prong.main(Args(task="fisher", tune=True, **TINY, run_dir=str(tmp_path)))
     assert len(tried) == 3 and len((tmp_path / "tune.csv").read_text().splitlines()) == 2
 
@@ -620,6 +719,13 @@ def test_bad_input_rate_at_which_weights_overflow(report_every, tmp_path, monkey
     flags = TINY | {"whitening_period": 1, "report_every": report_every}
     with pytest.raises(SystemExit, match="The loss is nan after update 1"):
         prong.main(Args(task="fisher", **flags, run_dir=str(tmp_path)))
+
+
+def test_bad_input_a_folder_without_a_batch(tmp_path):
+    folder = make_cifar(tmp_path)
+    (folder / "cifar-10-batches-py/test_batch").unlink()
+    with pytest.raises(SystemExit, match=r"test_batch is missing or damaged.*delete its folder"):
+        prong.load_cifar10(str(folder), "test")
 
 
 def test_bad_input_damaged_batch(tmp_path):
