@@ -12,12 +12,13 @@
                the same machine; paper: 551.6 after 80 M steps of the larger network, human starts
 
 Departures: ours (the paper's); those of the first line are the authors' later answers
-    learning rate 7e-4 (searched per game), RMSProp's epsilon 0.1, gradient norm 40 (not told)
+    learning rate 7e-4 (searched, on six games), RMSProp's epsilon 0.1, gradient norm 40 (not told)
     gradient of V: (R - V) / 2, again a later answer (2 (R - V))
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
-    Pong's Run line: orthogonal first weights, epsilon 1e-3 (as torch draws them, 0.1)
-    g begins at 0, rewards are clipped to [-1, 1], training episodes end with a life, games after
-      108,000 frames (not told)
+    Pong's Run line: orthogonal weights at first, epsilon 1e-3 (authors: as torch draws them, 0.1)
+    g begins at 0, rewards are clipped to [-1, 1], a lost life ends an episode of training, 108,000
+      frames end a game, whose return goes on as V (not told)
+    --lstm puts 256 cells on either network (on the larger)
     up to 30 no-ops before a game (tables: human starts); no GPU, that being the paper's point
     today's action sets: Pong 6 (3); sticky actions with *-v0 and ALE/*-v5 ids (none)
     K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
@@ -70,7 +71,7 @@ class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
     network: Literal["small", "large"] = "small"  # the network of DQN 2013 or of DQN 2015
     lstm: bool = False  # 256 LSTM cells after the last hidden layer
-    orthogonal_init: bool = False  # first weights are orthogonal (paper: as torch draws them)
+    orthogonal_init: bool = False  # layers but an LSTM begin orthogonal (authors: as torch's)
     num_workers: int = os.cpu_count() or 1  # processes that play and learn
     envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
     t_max: int = 5  # steps of a segment, at most
@@ -82,7 +83,7 @@ class Args:
     learning_rate: float = 7e-4  # at the start; falls linearly to 0
     rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # inside the root
-    rmsprop_start: float = 0.0  # of g; ports to TensorFlow, whose eps is 1e-5, begin at 1
+    rmsprop_start: float = 0.0  # of g; TensorFlow's begins at 1, ports to it have eps 1e-5
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
     # The run
     report_every: int = 50_000  # steps between two reports, each with a checkpoint
@@ -305,7 +306,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
         raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
 
     env = RecordEpisodeStatistics(env)
-    if is_atari:  # it fetches the screens that it needs: "ram" saves rendering the others
+    if is_atari:  # AtariPreprocessing fetches its screens itself: "ram" saves drawing the rest
         screen = gym.spaces.Box(0, 255, env.unwrapped.ale.getScreenDims(), np.uint8)
         env = TransformObservation(env, lambda ram: ram, screen)
         env = AtariPreprocessing(env, noop_max=30, frame_skip=4)
@@ -421,7 +422,7 @@ def update(
 ) -> dict[str, float]:
     """Move the shared parameters by the gradient that net, a copy of them, has on a segment.
 
-    A gradient that is not finite moves nothing; the norm returned tells.
+    A gradient that is not finite moves nothing; the norm returned is not finite then.
     """
     loss, watched = a3c_loss(net, segment, args)
     gradients = torch.autograd.grad(loss, list(net.parameters()))
@@ -615,10 +616,12 @@ def supervise(
                 last_evaluation = step
             report(writer, step, metrics)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # once is enough
         save(T=counter.value, seconds=seconds + time.perf_counter() - last_time)
         path = Path(writer.log_dir, "checkpoint.pt")
-        way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+        ended = counter.value >= args.total_timesteps
+        way = "evaluate with --evaluate" if ended else "go on with the same flags and --resume"
         raise SystemExit(f"Stopped; {way} {path}") from None
     finally:
         for process in workers.processes:
@@ -651,7 +654,8 @@ def run(args: Args) -> dict[str, float]:
         film = path.with_name("game.gif") if args.capture_video else None
         return evaluate(net, args, film)
     if args.resume:
-        checkpoint = load_checkpoint(Path(args.resume), args, net, "env_id", "network", "lstm")
+        shaping = ("env_id", "network", "lstm", "orthogonal_init", "rmsprop_start")
+        checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping)
         for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
             g.copy_(saved_g)
         first_step, seconds = checkpoint["T"], checkpoint["seconds"]

@@ -474,7 +474,7 @@ def update(
 ) -> dict[str, float]:
     """Move the shared parameters by the gradient that net, a copy of them, has on a walk.
 
-    A gradient that is not finite moves nothing; the norm returned tells.
+    A gradient that is not finite moves nothing; the norm returned is not finite then.
     """
     loss, watched = maze_a3c_loss(net, walk, args)
     gradients = torch.autograd.grad(loss, list(net.parameters()))
@@ -679,10 +679,12 @@ def supervise(
                 last_evaluation = step
             report(writer, step, metrics)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # once is enough
         save(T=counter.value, seconds=seconds + time.perf_counter() - last_time)
         path = Path(writer.log_dir, "checkpoint.pt")
-        way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+        ended = counter.value >= args.total_timesteps
+        way = "evaluate with --evaluate" if ended else "go on with the same flags and --resume"
         raise SystemExit(f"Stopped; {way} {path}") from None
     finally:
         for process in workers.processes:

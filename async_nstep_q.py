@@ -70,7 +70,7 @@ class Args:
     algorithm: Literal["nstep-q", "onestep-q", "onestep-sarsa"] = "nstep-q"  # S1, or variants of 1
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
     network: Literal["small", "large"] = "small"  # the network of DQN 2013 or of DQN 2015
-    orthogonal_init: bool = False  # first weights are orthogonal (paper: as torch draws them)
+    orthogonal_init: bool = False  # layers begin orthogonal (authors: as torch's)
     num_workers: int = os.cpu_count() or 1  # processes that play and learn
     envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
     t_max: int = 5  # steps of a segment, at most; I_AsyncUpdate of the one-step methods
@@ -287,7 +287,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
         raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
 
     env = RecordEpisodeStatistics(env)
-    if is_atari:  # it fetches the screens that it needs: "ram" saves rendering the others
+    if is_atari:  # AtariPreprocessing fetches its screens itself: "ram" saves drawing the rest
         screen = gym.spaces.Box(0, 255, env.unwrapped.ale.getScreenDims(), np.uint8)
         env = TransformObservation(env, lambda ram: ram, screen)
         env = AtariPreprocessing(env, noop_max=30, frame_skip=4)
@@ -402,7 +402,7 @@ def update(
 ) -> dict[str, float]:
     """Move the shared parameters by the gradient that net has on a segment.
 
-    A gradient that is not finite moves nothing; the norm returned tells.
+    A gradient that is not finite moves nothing; the norm returned is not finite then.
     """
     q = net(segment.s_tm1)
     loss = q_loss(q, segment.a_tm1, targets(target_net, segment, args.algorithm, args.discount))
@@ -618,10 +618,12 @@ def supervise(
                 last_evaluation = step
             report(writer, step, metrics)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # once is enough
         save(T=counter.value, seconds=seconds + time.perf_counter() - last_time)
         path = Path(writer.log_dir, "checkpoint.pt")
-        way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+        ended = counter.value >= args.total_timesteps
+        way = "evaluate with --evaluate" if ended else "go on with the same flags and --resume"
         raise SystemExit(f"Stopped; {way} {path}") from None
     finally:
         for process in workers.processes:
@@ -661,7 +663,7 @@ def run(args: Args) -> dict[str, float]:
         film = path.with_name("game.gif") if args.capture_video else None
         return evaluate(net, args, film)
     if args.resume:
-        shaping = ("env_id", "network", "algorithm")
+        shaping = ("env_id", "network", "algorithm", "orthogonal_init")
         checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping)
         target_net.load_state_dict(checkpoint["target_net"])
         for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):

@@ -620,7 +620,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
         raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
 
     env = RecordEpisodeStatistics(env)
-    if is_atari:  # it fetches the screens that it needs: "ram" saves rendering the others
+    if is_atari:  # AtariPreprocessing fetches its screens itself: "ram" saves drawing the rest
         screen = gym.spaces.Box(0, 255, env.unwrapped.ale.getScreenDims(), np.uint8)
         env = TransformObservation(env, lambda ram: ram, screen)
         env = AtariPreprocessing(env, noop_max=30, frame_skip=4)

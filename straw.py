@@ -853,7 +853,7 @@ def make_env(args: Args, training: bool = True) -> gym.Env:
         raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
 
     env = RecordEpisodeStatistics(env)
-    if is_atari:  # it fetches the screens that it needs: "ram" saves rendering the others
+    if is_atari:  # AtariPreprocessing fetches its screens itself: "ram" saves drawing the rest
         screen = gym.spaces.Box(0, 255, (*env.unwrapped.ale.getScreenDims(), 3), np.uint8)
         env = TransformObservation(env, lambda ram: ram, screen)
         env = AtariPreprocessing(env, noop_max=30, frame_skip=4, grayscale_obs=False)
@@ -1097,7 +1097,7 @@ def update(
 ) -> dict[str, float]:
     """Move the shared parameters by the gradient that net, a copy of them, has on a rollout.
 
-    A gradient that is not finite moves nothing; the norm returned tells.
+    A gradient that is not finite moves nothing; the norm returned is not finite then.
     """
     loss, watched = straw_loss(net, rollout, args)
     gradients, norm = gradients_of(loss, net, args.max_gradient_norm)
@@ -1320,10 +1320,12 @@ def supervise(
                 last_evaluation = step
             report(writer, step, metrics)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # once is enough
         save(T=counter.value, seconds=seconds + time.perf_counter() - last_time)
         path = Path(writer.log_dir, "checkpoint.pt")
-        way = "evaluate with --evaluate" if finished else "go on with the same flags and --resume"
+        ended = counter.value >= args.total_timesteps
+        way = "evaluate with --evaluate" if ended else "go on with the same flags and --resume"
         raise SystemExit(f"Stopped; {way} {path}") from None
     finally:
         for process in workers.processes:

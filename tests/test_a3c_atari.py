@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 import toy_games
 from PIL import Image
 from running import Locked, processes_of, start_run, wait_for, work_here
@@ -166,10 +167,28 @@ def test_math_parameter_counts(network, lstm, num_actions, count):
 
 def test_math_torch7_initialisation():
     torch.manual_seed(0)
-    for layer in (*ActorCritic(4, "small", lstm=False).trunk, ActorCritic(4, "small", False).value):
+    net = ActorCritic(4, "small", lstm=False)
+    for layer in (*net.trunk, net.value, net.policy):
         for p in layer.parameters():
             bound = 1 / math.sqrt(layer.weight[0].numel())
             assert p.abs().max() <= bound and (p.numel() < 200 or p.abs().max() > 0.98 * bound)
+
+
+@pytest.mark.parametrize("network", ["small", "large"])
+def test_math_the_networks_are_those_of_2013_and_2015(network):
+    net, s = ActorCritic(4, network, lstm=False), random_segment().s_tm1
+    w = [p.detach() for p in net.parameters()]
+    x = F.conv2d(s.flatten(0, 1).permute(0, 3, 1, 2).float() / 255, w[0], w[1], stride=4).relu()
+    x = F.conv2d(x, w[2], w[3], stride=2).relu()
+    if network == "large":
+        x = F.conv2d(x, w[4], w[5]).relu()
+    W, b, W_pi, b_pi, W_v, b_v = w[-6:]
+    x = (x.flatten(1) @ W.T + b).relu()
+    fresh = torch.zeros(5, 3, dtype=torch.bool)
+    logits, v, _ = net(s, net.initial_lstm_state(3), fresh)
+    close = {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(logits.detach().flatten(0, 1), x @ W_pi.T + b_pi, **close)
+    torch.testing.assert_close(v.detach().flatten(), (x @ W_v.T + b_v)[:, 0], **close)
 
 
 def orthogonal(weight: torch.Tensor, gain: float) -> bool:
@@ -332,6 +351,30 @@ def test_math_play_gives_the_paper_its_segments():
         assert [(game["r"], game["l"]) for game in games_over] == [(28, 7)]  # unclipped
 
 
+def test_math_a_segment_ends_with_the_value_of_the_screens_it_reached():
+    torch.manual_seed(0)
+    net = ActorCritic(2, "small", lstm=False)
+    segments = a3c_atari.play(games("Side-v0"), [1], net, 4)
+    first, second = next(segments)[0], next(segments)[0]
+    goes_on = torch.zeros(1, 1, dtype=torch.bool)
+    with torch.no_grad():
+        v = net(second.s_tm1[:1], net.initial_lstm_state(1), goes_on)[1].item()
+    assert first.v_t[-1].item() == pytest.approx(v, abs=1e-5) and v != 0
+
+
+def test_math_rewards_are_clipped_on_both_sides():
+    net, (env,) = ActorCritic(2, "small", lstm=False), games("Clock-v0")
+    step = env.step
+
+    def halves(a):  # from -1.5 to 1.5
+        s_t, r_t, *rest = step(a)
+        return s_t, (r_t - 4) / 2, *rest
+
+    env.step = halves
+    segment, _ = next(a3c_atari.play([env], [1], net, 7))
+    assert segment.r_t[:, 0].tolist() == [-1, -1, -0.5, 0, 0.5, 1, 1]
+
+
 def test_math_play_tells_its_games_apart():
     net = ActorCritic(2, "small", lstm=False)
     _, over = next(a3c_atari.play(games("Clock-v0", "Side-v0"), [1, 2], net, 10))
@@ -409,6 +452,8 @@ def test_math_the_time_limit_truncates(monkeypatch):
     while not any(ends[-1]):
         ends.append(env.step(0)[2:4])
     assert ends[0] == (False, False) and ends[-1] == (False, True) and len(ends) <= 30
+    env.reset()
+    assert env.unwrapped.ale.getEpisodeFrameNumber() <= 34  # a new game, after up to 30 no-ops
 
 
 def test_math_evaluation_plays_on_through_lost_lives():
@@ -504,9 +549,18 @@ def test_math_evaluation_samples_and_carries_the_lstm_state(monkeypatch):
     monkeypatch.setattr(
         toy_games.Side, "step", lambda game, a: (actions.append(a), step(game, a))[1]
     )
-    watched = []
+    watched, scores, score = [], [], a3c_atari.RecordEpisodeStatistics.step
+
+    def noting_score(env, a):
+        *outcome, info = score(env, a)
+        scores.extend([info["episode"]["r"]] if "episode" in info else [])
+        return *outcome, info
+
+    monkeypatch.setattr(a3c_atari.RecordEpisodeStatistics, "step", noting_score)
     args = Args(**TOY | {"eval_episodes": 50})
-    a3c_atari.evaluate(net, args, watch=lambda: watched.append(1))
+    metrics = a3c_atari.evaluate(net, args, watch=lambda: watched.append(1))
+    assert metrics["eval/episodic_return"] == pytest.approx(np.mean(scores)) and len(scores) == 50
+    assert metrics["eval/episodic_return_std"] == pytest.approx(np.std(scores)) != np.var(scores)
     assert made == [False] * 50 and len(set(seeds)) == 50 and len(watched) == 10
     assert np.mean(actions) == pytest.approx(1 / (1 + math.exp(-1)), abs=0.08)
     assert states[0][0].abs().sum() == 0 and not any(fresh for *_, fresh in states)
