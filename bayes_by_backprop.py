@@ -378,6 +378,15 @@ def make_curve(N: int) -> tuple[Tensor, Tensor]:
 # ---- Evaluation and training --------------------------------------------------------------------
 
 
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """A picture; where it cannot be written, a line says so and the run goes on."""
+    try:
+        figure.savefig(path, dpi=90, bbox_inches="tight")
+    except OSError as error:
+        tqdm.write(f"{path} cannot be written to ({error}).")
+    plt.close(figure)
+
+
 def report(writer, step: int, metrics: dict[str, float]) -> None:
     """The same numbers to the terminal, to tensorboard and to metrics.csv."""
     tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -442,7 +451,7 @@ def refuse_infinity(loss: float, where: str) -> None:
     if not math.isfinite(loss):
         raise Diverged(
             f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate often helps."
+            "to begin anew with a smaller --learning-rate often helps."
         )
 
 
@@ -626,8 +635,7 @@ def draw_weights(weights: nn.Module, path: Path) -> None:
             where = axes[0, 1].get_xaxis_transform()  # x in data, height in the panel's
             axes[0, 1].text(at, height, f" {100 * fraction:g} %", transform=where)
         axes[0, 1].set(xlabel="log10 |mu| / sigma", ylabel="density")
-    figure.savefig(path, dpi=90, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_pruning(metrics: dict[str, float], path: Path) -> None:
@@ -640,8 +648,7 @@ def draw_pruning(metrics: dict[str, float], path: Path) -> None:
     axis.set(xlabel="weights removed, %", ylabel="test error, %", yscale="log", ylim=(1, 100))
     axis.set_yticks([1, 2, 5, 10, 20, 50, 100], [1, 2, 5, 10, 20, 50, 100])
     axis.legend()
-    figure.savefig(path, dpi=90, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def open_writer(args: Args, task: str) -> SummaryWriter:
@@ -771,8 +778,7 @@ def draw_regression(
         axis.plot(x[:, 0].numpy(), median, color="tab:red")
         axis.set(title=title, xlabel="x", ylim=(-0.5, 1.3))
     axes[0].set(ylabel="y: median and quartiles")
-    figure.savefig(path, dpi=90, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def run_regression(args: Args, device: str) -> dict[str, float]:
@@ -912,8 +918,7 @@ def draw_regret(path: Path) -> None:
     figure, axis = plt.subplots(figsize=(5, 3.4))
     axis.plot(*zip(*points))
     axis.set(xlabel="mushrooms met", ylabel="cumulative regret")
-    figure.savefig(path, dpi=90, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def run_bandit(args: Args) -> dict[str, float]:

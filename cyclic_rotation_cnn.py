@@ -647,6 +647,15 @@ def learning_rate_at(epoch: int, args: Args) -> float:
     return args.learning_rate / 10 ** ((passed >= 0.85) + (passed >= 0.95))
 
 
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """A picture; where it cannot be written, a line says so and the run goes on."""
+    try:
+        figure.savefig(path, dpi=90, bbox_inches="tight")
+    except OSError as error:
+        tqdm.write(f"{path} cannot be written to ({error}).")
+    plt.close(figure)
+
+
 def report(writer, step: int, metrics: dict[str, float]) -> None:
     """The same numbers to the terminal, to tensorboard and to metrics.csv."""
     tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -711,7 +720,7 @@ def refuse_infinity(loss: float, where: str) -> None:
     if not math.isfinite(loss):
         raise Diverged(
             f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate often helps."
+            "to begin anew with a smaller --learning-rate often helps."
         )
 
 
@@ -803,8 +812,7 @@ def draw_paths(net: nn.Module, args: Args, examples: Pictures, path: Path) -> No
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     axes[0, 0].set(title="picture")
-    figure.savefig(path, dpi=90, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_answers(net: nn.Module, args: Args, examples: Pictures, path: Path) -> None:
@@ -836,8 +844,7 @@ def draw_answers(net: nn.Module, args: Args, examples: Pictures, path: Path) -> 
         for axis, i in zip(axes[1:], wrong):
             axis.imshow(examples.x[i, 0].cpu().numpy(), cmap="gray_r")
             axis.set(title=f"{y[i]} taken for {output[i].argmax()}", xticks=[], yticks=[])
-    figure.savefig(path, dpi=90, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def run(args: Args, device: str) -> dict[str, float]:

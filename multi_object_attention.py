@@ -913,6 +913,15 @@ def learn_from(
             yield learn(*minibatch)
 
 
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """A picture; where it cannot be written, a line says so and the run goes on."""
+    try:
+        figure.savefig(path, dpi=90, bbox_inches="tight")
+    except OSError as error:
+        tqdm.write(f"{path} cannot be written to ({error}).")
+    plt.close(figure)
+
+
 def report(writer, step: int, metrics: dict[str, float]) -> None:
     """The same numbers to the terminal, to tensorboard and to metrics.csv."""
     tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -977,7 +986,7 @@ def refuse_infinity(loss: float, where: str) -> None:
     if not math.isfinite(loss):
         raise Diverged(
             f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate often helps."
+            "to begin anew with a smaller --learning-rate often helps."
         )
 
 
@@ -1093,8 +1102,7 @@ def draw_reading(
         axis.set(title=" ".join(names[c] for c in labels), xlabel="read: " + ", ".join(steps))
         axis.set(xlim=(0, S), ylim=(S, 0), xticks=(0, S), yticks=(0, S))
     axes[0, 0].set_ylabel("pixels")
-    figure.savefig(path, dpi=90, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def run(args: Args, device: str) -> dict[str, float]:

@@ -772,7 +772,7 @@ def refuse_infinity(loss: float, where: str) -> None:
     if not math.isfinite(loss):
         raise Diverged(
             f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate often helps."
+            "to begin anew with a smaller --learning-rate often helps."
         )
 
 

@@ -570,6 +570,15 @@ class Waterfall:
                 group["lr"] /= 10
 
 
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """A picture; where it cannot be written, a line says so and the run goes on."""
+    try:
+        figure.savefig(path, dpi=90, bbox_inches="tight")
+    except OSError as error:
+        tqdm.write(f"{path} cannot be written to ({error}).")
+    plt.close(figure)
+
+
 def report(writer, step: int, metrics: dict[str, float]) -> None:
     """The same numbers to the terminal, to tensorboard and to metrics.csv."""
     tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -634,7 +643,7 @@ def refuse_infinity(loss: float, where: str) -> None:
     if not math.isfinite(loss):
         raise Diverged(
             f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate often helps."
+            "to begin anew with a smaller --learning-rate often helps."
         )
 
 
@@ -729,8 +738,7 @@ def draw_spectra(spectra: list[Tensor], epsilon: float, path: Path) -> None:
     axes[0].set(xlabel="direction", ylabel="variance before", title="input of the layer")
     axes[1].set(xlabel="direction", ylabel="variance after", title="whitened")
     axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=90, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_fisher(matrices: dict[str, Tensor], path: Path) -> None:
@@ -741,8 +749,7 @@ def draw_fisher(matrices: dict[str, Tensor], path: Path) -> None:
         axis.set(title=f"{title}, condition {condition_number(F_):.2g}")
         axis.set(xlabel="weight of the middle layer")
     figure.colorbar(picture, ax=axes, label="|entry| / largest")
-    figure.savefig(path, dpi=90, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_curves(run_dir: Path) -> None:
@@ -755,8 +762,7 @@ def draw_curves(run_dir: Path) -> None:
         points = [(int(t), float(value)) for t, name, value in rows if name == tag]
         axis.semilogy(*zip(*points), ".-")
         axis.set(xlabel="updates", title=tag)
-    figure.savefig(run_dir / "curves.png", dpi=90, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, run_dir / "curves.png")
 
 
 def draw_reconstructions(task: Task, path: Path) -> None:

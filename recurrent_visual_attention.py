@@ -685,6 +685,15 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
         tqdm.write(f"{path} cannot be written to ({error}).")
 
 
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """A picture; where it cannot be written, a line says so and the run goes on."""
+    try:
+        figure.savefig(path, dpi=90, bbox_inches="tight")
+    except OSError as error:
+        tqdm.write(f"{path} cannot be written to ({error}).")
+    plt.close(figure)
+
+
 def report(writer, step: int, metrics: dict[str, float]) -> None:
     """The same numbers to the terminal, to tensorboard and to metrics.csv."""
     tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -749,7 +758,7 @@ def refuse_infinity(loss: float, where: str) -> None:
     if not math.isfinite(loss):
         raise Diverged(
             f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
-            "a smaller --learning-rate often helps."
+            "to begin anew with a smaller --learning-rate often helps."
         )
 
 
@@ -854,8 +863,7 @@ def draw_glimpses(net: nn.Module, args: Args, images: Images, path: Path) -> Non
                 axis.add_patch(plt.Rectangle(corner, width, width, fill=False, ec=colour, lw=0.8))
         axis.set(title=f"{images.y[i]} read as {seen.logits[i].argmax()}", xticks=[], yticks=[])
         axis.set(xlim=(-0.5, S - 0.5), ylim=(S - 0.5, -0.5))
-    figure.savefig(path, dpi=90, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 @torch.no_grad()
