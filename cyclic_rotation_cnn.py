@@ -15,12 +15,16 @@
 
 Departures: ours (the paper's)
     rotated-mnist and digits with a network of our own (plankton, galaxies, buildings)
-    features are pooled before their ReLU (best of the paper's six), no ReLU follows (not told)
+    features are pooled before their ReLU (with means the best of the paper's six; the three after
+      it cannot be chosen), no ReLU follows (not told)
     equal epochs: a sliced network makes four times the steps, each on a quarter of the pictures,
       which it sees in four directions (the same batches, steps not told)
-    Adam 1e-3, divided by 10 after 85 and 95 % of 60 epochs, batch 128, decay 1e-4 (values not told)
+    Adam 1e-3, divided by 10 after 85 and 95 % of 60 epochs, batch 128, decay 1e-4 (values not
+      told); whole epochs count: the ten of plankton's Run line have one drop, before the last
+    plankton's ink is 1, paper 0; galaxies and buildings lie between -1 and 1 (not told)
     augmentation: any rotation; plankton also shift 4 %, each side by up to 1.3, shear 15 degrees,
-      flips, galaxies flips; buildings: tiles on a grid, quarter turns, flips (only rotation told)
+      flips, galaxies flips (only rotation told); buildings: tiles on a grid, quarter turns, which
+      sliced networks do not feel, and flips (tiles anywhere, any rotation)
     scores of a hold-out of 10 %, on plankton of every class (of Kaggle's servers); buildings: of
       the labelled middles of whole tiles (border not told)
     galaxies: squared error of sigmoids; buildings: cross-entropy of a pixel (losses not told)
@@ -31,13 +35,14 @@ Departures: ours (the paper's)
 
 Symbols: r turns a picture clockwise by a quarter; four paths x_0 ... x_3 lie along the batch axis,
 all of x_0 first; s shifts the paths backward, s[x_0, x_1, x_2, x_3] = [x_1, x_2, x_3, x_0].
-Shapes: B pictures of C channels, S their width.
+Shapes: B pictures of C channels, S their width in pixels.
 """
 
 import csv
 import gzip
 import hashlib
 import math
+import os
 import signal
 import time
 import urllib.request
@@ -77,7 +82,7 @@ class Args:
     image_size: int = 0  # pixels, for small machines; 0: the paper's
     # Optimisation
     epochs: int = 60  # passes over the training set
-    batch_size: int = 128  # images of a minibatch, in which a slice makes four of one
+    batch_size: int = 128  # images of a step; sliced networks: a quarter as many, in four turns
     learning_rate: float = 1e-3  # of Adam; divided by 10 after 85 and 95 % of the epochs
     weight_decay: float = 1e-4  # on plankton alone
     bfloat16: bool = False  # the network computes in 16 bits: half the time
@@ -263,7 +268,7 @@ class CyclicNetwork(nn.Sequential):
                     if size < width or (size - width) % stride:
                         raise SystemExit(
                             f"--image-size {layout.size} makes maps of {size} pixels, which no "
-                            "pooling treats alike on all sides: take the paper's or half of it."
+                            "pooling treats alike on all sides: take 0 or, for plankton, 47."
                         )
                     layers.append(nn.MaxPool2d(width, stride))  # first: fewer to cut and to copy
                     size = (size - width) // stride + 1
@@ -538,8 +543,8 @@ def load_buildings(args: Args, S: int) -> tuple[Pictures, Pictures]:
                 houses = 255 * (np.asarray(read_picture(label, "L")) > 0).astype(np.uint8)
                 if houses.shape != picture.shape[1:] or min(houses.shape) < S:
                     raise SystemExit(
-                        f"{path} and {label} must be of one size, at least {S} pixels: unpack them "
-                        "again."
+                        f"{path} and {label} must be of one size and at least {S} pixels wide: "
+                        "unpack them again, or lower --image-size."
                     )
                 step = S - 40  # the labelled middles of the tiles lie side by side
                 for top in range(0, picture.shape[1] - S + 1, step):
@@ -781,11 +786,15 @@ def check_variant(args: Args) -> None:
         )
     if args.image_size and args.dataset in ("rotated-mnist", "digits"):
         raise SystemExit("--image-size is for plankton, galaxies and buildings.")
+    if args.pool != Args.pool and not sliced(args):
+        raise SystemExit(f"--pool has no effect with --variant {args.variant}: leave it out.")
+    if args.turned != Args.turned and args.variant not in ("roll-all", "roll-half"):
+        raise SystemExit(f"--turned has no effect with --variant {args.variant}: leave it out.")
     if args.batch_size % 4:
         raise SystemExit(
             f"--batch-size must be a multiple of 4, for the four paths, not {args.batch_size}."
         )
-    if args.run_dir and not args.evaluate and Path(args.run_dir, "checkpoint.pt").exists():
+    if args.run_dir and not args.evaluate and os.path.exists(Path(args.run_dir, "checkpoint.pt")):
         open_run_dir(args, "", "")  # refuses it before anything is loaded
 
 
@@ -871,7 +880,7 @@ def run(args: Args, device: str) -> dict[str, float]:
     fused = partial(torch.optim.Adam, fused=True)
     optimizer = fused(net.parameters(), args.learning_rate, weight_decay=decay)
     shaping = ("dataset", "variant", "image_size", "pool", "turned")
-    first_epoch, seconds = 1, 0.0
+    first_epoch, seconds, finished = 1, 0.0, False
     if args.evaluate:
         load_checkpoint(Path(args.evaluate), args, net, *shaping)
         return evaluate(net, args, test)
@@ -911,9 +920,10 @@ def run(args: Args, device: str) -> dict[str, float]:
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
             save_checkpoint(run_dir / "checkpoint.pt", epoch=epoch, **state)
+            finished = epoch == args.epochs
             report(writer, epoch, metrics)
     except KeyboardInterrupt:
-        raise stopped(run_dir) from None
+        raise stopped(run_dir, finished) from None
     finally:
         writer.close()
     draw_paths(net, args, test, run_dir / "paths.png")

@@ -421,7 +421,7 @@ def test_bad_input_buildings_of_other_sizes(part, shape, tmp_path):
     save_picture(path, np.zeros(shape, np.uint8))
     if part == "sat":  # picture and map agree, and both are smaller than a tile
         save_picture(tmp_path / "buildings/test/map/c.tif", np.zeros(shape[:2], np.uint8))
-    with pytest.raises(SystemExit, match=r"c.tiff and .*c.tif must be of one size, at least 80"):
+    with pytest.raises(SystemExit, match=r"c.tiff and .*c.tif must be of one size and at least 80"):
         cyclic.load_buildings(args, 80)
 
 
@@ -738,6 +738,41 @@ def run(monkeypatch, tmp_path):
     return run
 
 
+def test_math_buildings_are_learned_from_the_middles_of_their_maps():
+    maps = 255 * torch.randint(2, (5, 8, 8), dtype=torch.uint8)
+    output = torch.randn(5, 1, 4, 4)
+    p = output[:, 0].sigmoid()
+    houses = maps[:, 2:6, 2:6] > 0
+    expected = -torch.where(houses, p.log(), (1 - p).log()).mean()
+    torch.testing.assert_close(cyclic.objective(output, maps, "buildings"), expected)
+    answers = torch.rand(5, 37)
+    expected = (output.view(5, 16)[:, :1].sigmoid() - answers).square().mean()
+    found = cyclic.objective(output.view(5, 16)[:, :1].expand(5, 37), answers, "galaxies")
+    torch.testing.assert_close(found, expected)
+
+
+def test_math_weights_begin_as_he_et_al_advise_and_the_digits_network_is_ours():
+    torch.manual_seed(0)
+    net = CyclicNetwork(layout_of("digits"), "baseline", 10)
+    layers = [layer for layer in net if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    shapes = [tuple(layer.weight.shape[:2]) for layer in layers]
+    assert shapes == [(32, 1), (32, 32), (64, 32), (64, 64), (256, 64 * 49), (256, 256), (10, 256)]
+    for layer in layers[1:-1]:
+        fan_in = layer.weight[0].numel()
+        assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
+        assert not layer.bias.any()
+
+
+def test_math_reports_are_means_and_evaluations_come_when_due(run, monkeypatch):
+    losses, evaluated, evaluate = iter(torch.arange(1.0, 100.0)), [], cyclic.evaluate
+    monkeypatch.setattr(cyclic, "evaluate", lambda *a: evaluated.append(1) or evaluate(*a))
+    update = Seen.update
+    monkeypatch.setattr(Seen, "update", lambda *how: update(*how) + next(losses))
+    seen = run("digits", N=16, epochs=5, eval_every=2, batch_size=8)
+    assert len(evaluated) == 3  # after 2, 4 and 5 epochs
+    assert len(seen.steps) == 10 and seen.metrics["losses/loss"] == (9 + 10) / 2
+
+
 @pytest.mark.parametrize("dataset", ["digits", "plankton", "galaxies", "buildings"])
 def test_math_weight_decay_is_for_plankton_alone(dataset, run):
     seen = run(dataset, N=8, weight_decay=0.5)
@@ -757,13 +792,11 @@ def test_math_every_epoch_has_all_pictures_in_a_new_order(run):
 
 
 def test_math_training_turns_tiles_with_their_maps(run):
-    upright, steps = few("buildings").y[0], run("buildings", N=64, batch_size=4).steps
-    kinds = set()
+    steps, kinds = run("buildings", N=64, batch_size=4).steps, set()
     for _, _, x, y in steps:
         assert torch.equal(x[:, 0] > 0, y > 0)
         kinds.add(tuple(map(tuple, y[0].nonzero()[[0, -1]].tolist())))
     assert len(steps) == 16 and len(kinds) >= 5
-    assert torch.equal(few("buildings").y[0], upright)
 
 
 @pytest.mark.parametrize("dataset", ["digits", "plankton"])
@@ -874,6 +907,8 @@ def test_math_drawn_answers_of_digits_and_galaxies(tmp_path):
         ({"variant": "roll-dense", "dataset": "buildings"}, "has no dense layer"),
         ({"image_size": 14}, "--image-size is for plankton"),
         ({"image_size": 40, "dataset": "buildings"}, "even and above 40 for buildings, not 40"),
+        ({"variant": "half", "pool": "max"}, "--pool has no effect with --variant half"),
+        ({"variant": "pool", "turned": "maps"}, "--turned has no effect with --variant pool"),
         ({"batch_size": 30}, "must be a multiple of 4, for the four paths, not 30"),
         ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
         (
@@ -924,6 +959,8 @@ def test_math_the_drawn_aerial_picture_is_the_part_that_is_labelled(tmp_path, mo
     figure = drawn(cyclic.draw_answers, net, args, few("buildings", 1), tmp_path / "answers.png")
     shapes = {axis.images[0].get_array().shape[:2] for axis in figure.axes}
     assert len(shapes) == 1
+    photo, label = (figure.axes[i].images[0].get_array() for i in (0, 2))
+    assert np.array_equal(np.asarray(photo)[..., 0] > 0, np.asarray(label) > 0)  # they are alike
 
 
 def test_bad_input_sizes_and_other_variants(tmp_path, monkeypatch):
@@ -936,6 +973,8 @@ def test_bad_input_sizes_and_other_variants(tmp_path, monkeypatch):
     args = Args(**TINY | {"epochs": 1}, run_dir=str(tmp_path / "run"))
     cyclic.main(args)
     checkpoint = str(tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="was made with --pool mean, not with --pool max"):
+        cyclic.main(dataclasses.replace(args, pool="max", evaluate=checkpoint))
     with pytest.raises(SystemExit, match="was made with --variant pool, not with --variant half"):
         cyclic.main(dataclasses.replace(args, variant="half", evaluate=checkpoint))
     changes = {"seed": 2, "batch_size": 64, "learning_rate": 0.5, "weight_decay": 0.5}
