@@ -475,9 +475,10 @@ def test_math_shares_of_a_run_sum_to_one_in_an_epoch(task, weighting, tmp_path, 
         return update(weights, optimizer, error, pi_i, *rest)
 
     monkeypatch.setattr(bbb, "update", noting)
-    args = Args(task=task, epochs=1, kl_weighting=weighting, run_dir=str(tmp_path), hidden_units=32)
-    args = dataclasses.replace(args, dataset="digits" if task == "mnist" else "mnist")
-    bbb.main(dataclasses.replace(args, bandit_data="breast-cancer", interactions=1))
+    args = Args(task=task, kl_weighting=weighting, run_dir=str(tmp_path), hidden_units=32)
+    short = {"mnist": {"dataset": "digits", "epochs": 1}, "regression": {"epochs": 1}}
+    short["bandit"] = {"bandit_data": "breast-cancer", "interactions": 1}
+    bbb.main(dataclasses.replace(args, **short[task]))
     assert math.fsum(shares) == pytest.approx(1, abs=1e-9) and len(shares) in (8, 10, 64)
     assert (shares[0] >= 0.5) == (weighting == "blundell")
 
@@ -590,6 +591,12 @@ def test_learns_regression_and_goes_on_bit_for_bit(tmp_path):
     resumed = bbb.main(dataclasses.replace(args, resume=path))
     assert without_times(resumed) == without_times(whole)
     assert 100 < resumed["charts/minutes"] < 101 and resumed["charts/SPS"] > 0
+    longer = dataclasses.replace(args, epochs=102)  # with a report after 100 of them
+    whole = bbb.main(dataclasses.replace(longer, run_dir=str(tmp_path / "longer")))
+    bbb.main(dataclasses.replace(args, epochs=100, run_dir=str(tmp_path / "begun")))
+    path = str(tmp_path / "begun" / "checkpoint.pt")
+    resumed = bbb.main(dataclasses.replace(longer, resume=path))
+    assert without_times(resumed) == without_times(whole)
     assert resumed["charts/learning_rate"] == 1e-3
 
 
@@ -614,7 +621,7 @@ def test_math_cuts_in_the_drawing_are_those_of_pruning(tmp_path, monkeypatch):
     [
         ({"data_dir": "nowhere", "dataset": "mnist"}, "--dataset digits"),
         (
-            {"data_dir": "nowhere", "task": "bandit", "dataset": "mnist"},
+            {"data_dir": "nowhere", "task": "bandit", "dataset": "mnist", "epochs": 100},
             "use --bandit-data breast-cancer",
         ),
         (
@@ -634,7 +641,16 @@ def test_math_cuts_in_the_drawing_are_those_of_pruning(tmp_path, monkeypatch):
         ({"task": "bandit", "method": "sgd"}, "--method is for --task mnist"),
         ({"agent": "greedy"}, "--agent is for --task bandit"),
         ({"task": "bandit", "device": "cuda", "dataset": "mnist"}, "runs on one core"),
-        ({"evaluate": "x.pt", **BENIGN}, "x.pt is missing"),
+        ({"evaluate": "x.pt", **BENIGN, "epochs": 100}, "x.pt is missing"),
+        ({"method": "sgd", "samples": 2}, "--samples has no effect with --method sgd"),
+        (
+            {**BENIGN, "epochs": 100, "agent": "greedy", "rho_init": -3.0},
+            "--rho-init has no effect with --agent greedy",
+        ),
+        ({"prior": "gaussian", "prior_pi": 0.5}, "--prior-pi has no effect with --prior gaussian"),
+        ({"noise_std": 1.0}, "--noise-std has no effect on mnist"),
+        ({"interactions": 5}, "--interactions has no effect outside the bandit"),
+        (BENIGN, "--epochs has no effect in the bandit"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
@@ -654,10 +670,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
 
 @pytest.mark.parametrize(
     ("flags", "where"),
-    [({}, "in step 1 of epoch 1"), ({**BENIGN, "report_every": 1}, "after mushroom 1")],
+    [
+        ({"epochs": 1}, "in step 1 of epoch 1"),
+        ({**BENIGN, "report_every": 1}, "after mushroom 1"),
+    ],
 )
 def test_bad_input_a_loss_that_is_no_number_stops_the_run(flags, where, tmp_path):
-    args = Args(**{**TINY, **flags}, epochs=1, rho_init=1e30, run_dir=str(tmp_path))
+    args = Args(**{**TINY, **flags}, rho_init=1e30, run_dir=str(tmp_path))
     with pytest.raises(bbb.Diverged, match=rf"loss is (nan|inf) {where}: the run stops"):
         bbb.main(args)
 
