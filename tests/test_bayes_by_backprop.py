@@ -537,6 +537,83 @@ def test_math_bandits_likelihood_sums_over_interactions_met(tmp_path, monkeypatc
     assert errors == [64 * 5**2 / (2 * 2.0**2)] * 2 * 64
 
 
+@pytest.mark.parametrize("method", ["bbb", "sgd", "dropout"])
+def test_math_flags_reach_the_steps_and_dropout_is_for_dropout(method, tmp_path, monkeypatch):
+    dropped, told, network = set(), [], bbb.network
+
+    def noting_network(x, w, sizes, dropout=(0.0, 0.0)):
+        dropped.add(dropout)
+        return network(x, w, sizes, dropout)
+
+    def update(weights, optimizer, error, pi_i, batch_size, prior, samples):
+        told.append((batch_size, samples))
+        error(weights.mean())
+        return torch.tensor(float(len(told)))
+
+    monkeypatch.setattr(bbb, "network", noting_network)
+    monkeypatch.setattr(bbb, "update", update)
+    samples = {"samples": 3} if method == "bbb" else {}
+    args = Args(**TINY, method=method, epochs=1, batch_size=250, run_dir=str(tmp_path), **samples)
+    metrics = bbb.main(args)
+    assert told == [(250, samples.get("samples", 1))] * 5
+    assert dropped == {(0.0, 0.0)} | ({(0.2, 0.5)} if method == "dropout" else set())
+    assert metrics["losses/error"] == 1 + 2 + 3 + 4 + 5
+    assert metrics["losses/free_energy"] == pytest.approx(metrics["losses/kl"] + 15)
+    assert (metrics["losses/kl"] > 100) == (method == "bbb")
+
+
+def test_math_regression_has_as_many_samples_as_told(tmp_path, monkeypatch):
+    told = []
+
+    def update(weights, optimizer, error, pi_i, batch_size, prior, samples):
+        told.append((batch_size, samples))
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(bbb, "update", update)
+    where = {"hidden_units": 8, "run_dir": str(tmp_path)}
+    bbb.main(Args(task="regression", epochs=1, batch_size=250, samples=3, **where))
+    assert told == [(250, 3)] * 2 * 4
+
+
+def test_math_momentum_is_that_of_the_flag():
+    args = Args(optimizer="sgd", sgd_momentum=0.7)
+    (group,) = bbb.make_optimizer(torch.nn.Linear(1, 1), args).param_groups
+    assert group["momentum"] == 0.7 and group["lr"] == 1e-3
+
+
+def test_math_runs_differ_by_their_seeds(tmp_path):
+    found = []
+    for n, seed in enumerate((1, 2, 1)):
+        args = Args(task="regression", hidden_units=8, epochs=1, seed=seed)
+        metrics = bbb.main(dataclasses.replace(args, run_dir=str(tmp_path / str(n))))
+        found.append(metrics["losses/free_energy"])
+    assert found[0] == found[2] != found[1]
+
+
+def test_math_half_of_the_poisonous_ones_do_no_harm_and_all_met_are_learned_from(
+    tmp_path, monkeypatch
+):
+    lucky, reward, drawn, randint = [], bbb.reward, [], torch.randint
+
+    def noting(eat, edible, luck):
+        lucky.append(luck.item())
+        return reward(eat, edible, luck)
+
+    def noting_randint(high, size):
+        if size == (1, 64):
+            drawn.append(high)
+        return randint(high, size)
+
+    monkeypatch.setattr(bbb, "STEPS", 1)
+    monkeypatch.setattr(bbb, "BUFFER", 300)
+    monkeypatch.setattr(bbb, "reward", noting)
+    monkeypatch.setattr(bbb.torch, "randint", noting_randint)
+    monkeypatch.setattr(bbb, "update", lambda *_: torch.zeros(()))
+    bandit(tmp_path, monkeypatch, torch.ones(9).bool(), interactions=400)
+    assert np.mean(lucky) == pytest.approx(0.5, abs=0.08)
+    assert drawn == [min(n, 300) for n in range(1, 401)]
+
+
 PERCENT = {"bbb": 0, "greedy": 0, "greedy-1": 1, "greedy-5": 5}
 
 
