@@ -110,6 +110,8 @@ def on_ray(bundles: int, args: Args) -> Iterator[Progress]:
                 yield Progress(*counts, *told.values())
         finally:
             gorila_dqn.ray.shutdown()
+            for number in (signal.SIGINT, signal.SIGTERM):  # Gorila has taken them
+                signal.signal(number, signal.default_int_handler)
 
 
 def learn_alone(args: Args, told) -> None:
@@ -129,7 +131,10 @@ def learn_alone(args: Args, told) -> None:
 
 
 def learn_with_sb3(args: Args, told) -> None:
-    """Stable-Baselines3's DQN, its defaults but for the ratio and the memory."""
+    """Stable-Baselines3's DQN, its defaults but for the ratio and the memory.
+
+    It explores little from the start: for a random action it would not ask its network, as ours do.
+    """
     from stable_baselines3 import DQN
     from stable_baselines3.common import env_util, vec_env
 
@@ -141,6 +146,7 @@ def learn_with_sb3(args: Args, told) -> None:
     games = vec_env.VecFrameStack(env_util.make_atari_env(args.env_id), n_stack=4)
     memory = {"buffer_size": 100_000, "learning_starts": args.learning_starts}
     ratio = {"train_freq": args.steps_per_update, "gradient_steps": 1}
+    ratio |= {"exploration_initial_eps": 0.05, "exploration_final_eps": 0.05}
     agent = DQN("CnnPolicy", games, batch_size=32, device="cpu", **memory, **ratio)
     agent.learn(total_timesteps=10**12, callback=on_step)
 

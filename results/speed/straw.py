@@ -8,9 +8,9 @@
 
 Rounds in which the contenders take turns, so that a slow minute of the machine can hit any of them;
 the table has their medians and the ratios to the lstm model of the same task, of which at least 0.6
-is wanted. Everything runs in this one process: a step is played and learned from, without the
-parameters' copies and the queue of several workers. Networks are new and plans last 2 steps or so;
---checkpoint shows what longer commitments save.
+is wanted. An evaluation includes the making of its games. Everything runs in this one process: a
+step is played and learned from, without the parameters' copies and the queue of several workers.
+Networks are new and plans last 2 steps or so; --checkpoint shows what longer commitments save.
 """
 
 import sys
@@ -22,6 +22,7 @@ from statistics import median
 
 import torch
 import tyro
+from contest import machine
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -132,16 +133,21 @@ def main(args: Args) -> str:
         raise SystemExit(f"--tasks are among maze, atari and text, not {' '.join(args.tasks)}.")
     if args.checkpoint and not Path(args.checkpoint).is_file():
         raise SystemExit(f"There is no --checkpoint {args.checkpoint}.")
+    if not Path(args.output).parent.is_dir():
+        raise SystemExit(f"There is no folder for --output {args.output}.")
     torch.set_num_threads(1)
+    straw.keep_memory()  # as in a worker
     sections = []
     if args.tasks:
         sections.append((("task", "model", "steps/s", "times lstm"), measure_models))
     if args.checkpoint:
         titles = ("committed", "seconds, looking always", "seconds, economic", "saved")
         sections.append((titles, measure_economy))
-    tables = "\n\n".join(markdown(titles, measured(args)) for titles, measured in sections)
-    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in asdict(args).items() if v != "")
-    text = f"# Speed of straw.py\n\nOne thread; {flags}\n\n{tables}\n"
+    tables = "\n\n".join(markdown(titles, measured(args)) for titles, measured in sections[::-1])
+    given = asdict(args) | {"tasks": " ".join(args.tasks)}
+    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v != "")
+    command = f"    python results/speed/straw.py {flags}"
+    text = f"# Speed of straw.py\n\n{command}\n\nOn {machine(1)}.\n\n{tables}\n"
     if args.output:
         Path(args.output).write_text(text)
     return text
