@@ -5,7 +5,8 @@
                picture (section 5.3, supplement 9)
     Run      python a3c_continuous.py --num-workers 2 --total-timesteps 500000 --eval-episodes 30
     Result   978 (returns of 30 episodes; seeds 1, 2, 3: 1000, 947, 986) in 2 to 13 min, mostly
-               beside other runs, on 2 cores of an AMD EPYC; 950 counts as solved
+               beside other runs, on 2 cores of an AMD EPYC; 950 counts as solved (paper: curves
+               of such tasks, no numbers)
     Run      python a3c_continuous.py --env-id Pendulum-v1 --t-max 20 --discount 0.95
                --num-workers 2 --total-timesteps 500000 --eval-episodes 30
     Result   -178 (returns of 30 episodes; seeds 1, 2, 3: -187, -166, -181) in 3 to 5 min, partly
