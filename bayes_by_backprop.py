@@ -1,8 +1,8 @@
 """Bayes by Backprop: a network whose every weight is a Gaussian, trained by gradient descent.
 
     Paper    Blundell et al., "Weight uncertainty in neural networks", ICML 2015
-    Shows    weights with uncertainty regularise (table 1), say where they do not know (figure 5) and
-               explore (figure 6)
+    Shows    weights with uncertainty regularise (table 1), say where they do not know (figure 5),
+               and explore (figure 6)
     Run      python bayes_by_backprop.py
     Result   1.47 % test error (seeds 1 to 3: 1.36 to 1.53; dropout 1.41, a plain network 1.51) in
                15 min on one core of an AMD EPYC; paper: 1.36 after 600 epochs (1.51, 1.83)
