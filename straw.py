@@ -1346,7 +1346,8 @@ def begin(args: Args, net: nn.Module, histogram: Tensor, *shaping: str) -> tuple
     start, path = {"T": 0, "seconds": 0.0}, Path(args.resume or args.evaluate)
     if args.resume or args.evaluate:
         start = load_checkpoint(path, args, net, *SHAPING, *shaping)
-        part = start["args"]["total_timesteps"] / args.total_timesteps  # of a period of then
+        total = start["args"]["total_timesteps"]
+        part = total / args.total_timesteps if args.resume else 1  # of now's periods, of one then
         periods = (part * torch.arange(PERIODS)).long().clamp(max=PERIODS - 1)
         histogram.zero_().index_add_(0, periods, start["histogram"])
     if args.evaluate:

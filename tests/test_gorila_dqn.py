@@ -802,7 +802,7 @@ def test_learns_on_from_where_it_stopped(replay, no_ray, tmp_path):
     assert (after["G"] >= before["G"]).all() and (after["G"] > before["G"]).any()
     rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     steps = [int(step) for step, tag, _ in rows if tag == "charts/SPS"]
-    assert steps == sorted(steps) and len(steps) >= 4
+    assert steps == sorted(steps) and len(steps) >= 3
 
 
 def test_learns_and_reports_what_its_flags_say(no_ray, tmp_path, monkeypatch):
@@ -868,7 +868,7 @@ def test_learns_on_when_a_shard_dies_and_tells_what_was_lost(no_ray, tmp_path, m
     inspect, deaths = gorila_dqn.Gorila.inspect, []
 
     def kill_and_inspect(gorila):
-        if gorila.counts["minibatches"] > 20 and not deaths:
+        if "shard 1" in gorila.pids and not deaths:  # it was seen alive
             shard = gorila.shards[1]
             before = shard.component.version
             shard.component = ParameterServerShard(shard.component.path, gorila.args)

@@ -1431,6 +1431,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
     Path("used/checkpoint.pt").touch()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
-        policy_distillation.main(dataclasses.replace(base(tmp_path, run_dir="new"), **flags))
+        where = "" if "evaluate" in flags else "new"
+        policy_distillation.main(dataclasses.replace(base(tmp_path, run_dir=where), **flags))
     assert isinstance(stop.value.code, str)  # so the exit code is 1
     assert sorted(tmp_path.rglob("*")) == before
