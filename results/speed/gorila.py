@@ -74,7 +74,7 @@ class Contender:
     rounds: list[dict[str, float]] = field(default_factory=list)  # measured, by column
 
 
-def settings(bundles: int, args: Args) -> gorila_dqn.Args:
+def settings(bundles: int, args: Args, bfloat16: bool = False) -> gorila_dqn.Args:
     """Gorila as a user would run it, but for the size and the start of the memory."""
     return gorila_dqn.Args(
         env_id=args.env_id,
@@ -83,15 +83,16 @@ def settings(bundles: int, args: Args) -> gorila_dqn.Args:
         steps_per_update=args.steps_per_update,
         learning_starts=args.learning_starts,
         replay_capacity=100_000,
+        bfloat16=bfloat16,
     )
 
 
 # ---- The contenders -----------------------------------------------------------------------------
 
 
-def on_ray(bundles: int, args: Args) -> Iterator[Progress]:
+def on_ray(bundles: int, args: Args, bfloat16: bool = False) -> Iterator[Progress]:
     """gorila_dqn.py with so many bundles and one shard; a step forward at the end of each round."""
-    ours = settings(bundles, args)
+    ours = settings(bundles, args, bfloat16)
     net = gorila_dqn.DeepQNetwork(gorila_dqn.make_env(args.env_id).action_space.n)
     G = torch.full((sum(p.numel() for p in net.parameters()),), ours.adagrad_start)
     start = {"counts": {"steps": 0}, "versions": [0], "seconds": 0.0, "G": G}
@@ -172,6 +173,7 @@ def elsewhere(learn: Callable, args: Args) -> Iterator[Progress]:
 def contenders() -> list[Contender]:
     rows = [
         Contender("gorila_dqn.py, 2 bundles", partial(on_ray, 2), {TIMES: 1.5, WIRE: 30}),
+        Contender("the same, --bfloat16", partial(on_ray, 2, bfloat16=True), {TIMES: 1.5}),
         Contender("gorila_dqn.py, 1 bundle", partial(on_ray, 1), {WIRE: 30}),
         Contender("its classes in one process, without Ray", partial(elsewhere, learn_alone)),
     ]
