@@ -794,15 +794,15 @@ def test_learns_on_from_where_it_stopped(replay, no_ray, tmp_path):
     on = dataclasses.replace(on, learning_rate=0.0, num_shards=2)
     with pytest.raises(SystemExit, match=rf"is at step {steps}: raise --total-timesteps"):
         gorila_dqn.main(on)
-    gorila_dqn.main(dataclasses.replace(on, total_timesteps=steps + 80))
+    gorila_dqn.main(dataclasses.replace(on, total_timesteps=steps + 240))
     after = torch.load(tmp_path / "checkpoint.pt")
     assert all(torch.equal(after["net"][name], before["net"][name]) for name in before["net"])
-    assert after["counts"]["steps"] >= steps + 80 and after["seconds"] > before["seconds"]
+    assert after["counts"]["steps"] >= steps + 240 and after["seconds"] > before["seconds"]
     assert len(after["versions"]) == 2 and min(after["versions"]) > updates
     assert (after["G"] >= before["G"]).all() and (after["G"] > before["G"]).any()
     rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     steps = [int(step) for step, tag, _ in rows if tag == "charts/SPS"]
-    assert steps == sorted(steps) and len(steps) >= 3
+    assert steps == sorted(steps) and len(steps) >= 4
 
 
 def test_learns_and_reports_what_its_flags_say(no_ray, tmp_path, monkeypatch):
