@@ -2,12 +2,13 @@
 
     python results/scaling.py                  # the toy game, 1 to 16 workers, 3 seeds
     python results/scaling.py --part rates     # the toy game, random learning rates
+    python results/scaling.py --part bundles   # the toy game, Gorila's bundles
     python results/scaling.py --env-id PongNoFrameskip-v4 --reference -15 --max-timesteps 4000000
 
-Calls the scripts as a user would. A run of part workers ends at --reference (mean return of a
-report), any run after --max-timesteps. Each becomes a line of results/scaling/GAME_PART.csv, and
+Calls the scripts as a user would. A run ends at --reference (mean return of a report; not in part
+rates), any run after --max-timesteps. Each becomes a line of results/scaling/GAME_PART.csv, and
 runs that stand there already, with the same flags, are not repeated, so the command can be stopped
-and given again. At the end the table (workers) or the figure (rates) is made from the file.
+and given again. At the end the table or the figure (rates) is made from the file.
 
 Returns are those of training. The best that Q and Sarsa can have on the toy game with their final
 rates of exploration, 0.1, 0.01 and 0.5, is 0.69. Minutes include the start of the processes.
@@ -37,6 +38,7 @@ METHODS = {
     "n-step Q": ["async_nstep_q.py", "--algorithm", "nstep-q"],
     "A3C": ["a3c_atari.py"],
 }
+GORILA = {"Gorila": ["gorila_dqn.py"]}  # part bundles
 PAPER = {  # table 2: times faster in wall time with 1, 2, 4, 8, 16 threads, mean of seven games
     "one-step Q": (1.0, 3.0, 6.3, 13.3, 24.1),
     "one-step Sarsa": (1.0, 2.8, 5.9, 13.1, 22.1),
@@ -45,18 +47,19 @@ PAPER = {  # table 2: times faster in wall time with 1, 2, 4, 8, 16 threads, mea
 }
 SETTINGS = ("method", "workers", "seed", "learning_rate")
 SHARED = ("reference", "max_timesteps", "report_every")  # by all runs of an experiment
-FOUND = ("steps", "minutes", "score")
+FOUND = ("steps", "updates", "minutes", "score")  # updates: of Gorila's server
 
 
 @dataclass
 class Args:
-    part: Literal["workers", "rates"] = "workers"  # what is varied: table 2 or figure 2
+    part: Literal["workers", "rates", "bundles"] = "workers"  # table 2, figure 2, or Gorila
     env_id: str = "toy_games:Catch-v0"  # the game; toy_games lies in tests/
     workers: tuple[int, ...] = (1, 2, 4, 8, 16)  # of part workers
+    bundles: tuple[int, ...] = (1, 2, 4, 8)  # of part bundles
     rate_workers: int = 4  # of part rates
-    seeds: int = 3  # of part workers
+    seeds: int = 3  # of parts workers and bundles
     rates: int = 10  # learning rates of part rates, drawn from LogUniform(1e-4, 1e-2)
-    learning_rate: float = 2e-3  # of part workers
+    learning_rate: float = 2e-3  # of parts workers and bundles
     reference: float = 0.5  # mean return of a report at which a run has arrived
     max_timesteps: int = 150_000  # of a run; its learning rate falls to 0 over twice that
     report_every: int = 2_000  # steps
@@ -65,28 +68,28 @@ class Args:
 @dataclass
 class Run:
     method: str
-    workers: int
+    workers: int  # or bundles
     seed: int
     learning_rate: float
 
 
 def plan(args: Args) -> list[Run]:
     """Every run of the experiment, methods and workers taking turns."""
-    if args.part == "workers":
-        settings = [
-            (w, seed, args.learning_rate) for seed in range(args.seeds) for w in args.workers
-        ]
+    methods = GORILA if args.part == "bundles" else METHODS
+    if args.part != "rates":
+        numbers = args.bundles if args.part == "bundles" else args.workers
+        settings = [(w, seed, args.learning_rate) for seed in range(args.seeds) for w in numbers]
     else:
         drawn = 10 ** np.random.default_rng(0).uniform(-4, -2, args.rates)
         settings = [
             (args.rate_workers, seed, float(f"{rate:.3g}")) for seed, rate in enumerate(drawn)
         ]
-    return [Run(method, *setting) for setting in settings for method in METHODS]
+    return [Run(method, *setting) for setting in settings for method in methods]
 
 
-def follow(run_dir: Path, args: Args, process: subprocess.Popen) -> tuple[int, float, float]:
-    """Steps, minutes and mean return of the report that arrives, or of the best one."""
-    best, path = (0, 0.0, -np.inf), run_dir / "metrics.csv"
+def follow(run_dir: Path, args: Args, process: subprocess.Popen) -> tuple:
+    """FOUND of the report that arrives, or of the best one."""
+    best, path = (0, "", 0.0, -np.inf), run_dir / "metrics.csv"
     while True:
         ended = process.poll() is not None
         reports = {}
@@ -97,10 +100,11 @@ def follow(run_dir: Path, args: Args, process: subprocess.Popen) -> tuple[int, f
                         reports.setdefault(int(row[0]), {})[row[1]] = float(row[2] or "nan")
         for step, report in reports.items():
             score = report.get("charts/episodic_return", -np.inf)
-            here = step, report.get("charts/minutes", 0.0), score
-            if score >= args.reference and args.part == "workers":
+            updates = report.get("charts/updates", "")
+            here = step, updates, report.get("charts/minutes", 0.0), score
+            if score >= args.reference and args.part != "rates":
                 return here
-            best = max(best, here, key=lambda report: report[2])
+            best = max(best, here, key=lambda report: report[-1])
             if step >= args.max_timesteps:
                 return best
         if ended:
@@ -113,31 +117,38 @@ def measure(run: Run, args: Args) -> list:
     folder = Path(tempfile.mkdtemp())
     flags = {
         "env-id": args.env_id,
-        "num-workers": run.workers,
         "seed": run.seed,
         "learning-rate": run.learning_rate,
         "total-timesteps": 2 * args.max_timesteps,
         "report-every": args.report_every,
         "run-dir": folder / "run",
     }
-    if run.method != "A3C":
-        flags["target-period"] = max(1, args.max_timesteps // 100)
-        flags["epsilon-timesteps"] = max(1, args.max_timesteps // 10)
-    command = [sys.executable, *METHODS[run.method]]
+    if run.method == "Gorila":  # an update every four steps
+        flags |= {"num-actors": run.workers, "num-learners": run.workers}
+        flags |= {"replay-capacity": args.max_timesteps, "learning-starts": 1_000}
+        flags["target-period"] = max(1, args.max_timesteps // 400)
+        flags["epsilon-updates"] = max(1, args.max_timesteps // 40)
+    else:
+        flags["num-workers"] = run.workers
+        if run.method != "A3C":
+            flags["target-period"] = max(1, args.max_timesteps // 100)
+            flags["epsilon-timesteps"] = max(1, args.max_timesteps // 10)
+    command = [sys.executable, *(METHODS | GORILA)[run.method]]
     command += [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
     found_at = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(found_at)}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, **quiet)
     try:
-        steps, minutes, score = follow(folder / "run", args, process)
+        steps, updates, minutes, score = follow(folder / "run", args, process)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
         shutil.rmtree(folder)
     arrived = score >= args.reference
     row = [getattr(run, name) for name in SETTINGS] + [getattr(args, name) for name in SHARED]
-    return [*row, steps if arrived else "", f"{minutes:.3f}" if arrived else "", f"{score:.3f}"]
+    when = [steps, updates, f"{minutes:.3f}"] if arrived else ["", "", ""]
+    return [*row, *when, f"{score:.3f}"]
 
 
 def read(path: Path, args: Args) -> list[dict[str, str]]:
@@ -149,15 +160,18 @@ def read(path: Path, args: Args) -> list[dict[str, str]]:
     return [row for row in rows if all(row[name] == str(getattr(args, name)) for name in SHARED)]
 
 
-def table(rows: list[dict[str, str]], workers: tuple[int, ...]) -> str:
+def table(rows: list[dict[str, str]], workers: tuple[int, ...], methods: dict) -> str:
     """Steps and minutes to the reference, medians over seeds, and the paper's factors of time."""
     lines = ["| method | | " + " | ".join(str(w) for w in workers) + " |"]
     lines.append("|---|---|" + "--:|" * len(workers))
-    for method, paper in PAPER.items():
+    for method in methods:
         for column, title, form in (
             ("steps", "steps to the reference", ",.0f"),
+            ("updates", "updates to it", ",.0f"),
             ("minutes", "minutes to it", ".2f"),
         ):
+            if column == "updates" and method not in GORILA:
+                continue
             cells = []
             for w in workers:
                 runs = [r for r in rows if r["method"] == method and int(r["workers"]) == w]
@@ -165,9 +179,10 @@ def table(rows: list[dict[str, str]], workers: tuple[int, ...]) -> str:
                 median = np.median(values) if values else np.nan
                 cells.append("not reached" if np.isinf(median) else f"{median:{form}}")
             lines.append(f"| {method} | {title} | " + " | ".join(cells) + " |")
-        paper = dict(zip((1, 2, 4, 8, 16), paper))
-        cells = [f"{paper[w]:g}" if w in paper else "" for w in workers]
-        lines.append(f"| {method} | paper: times faster | " + " | ".join(cells) + " |")
+        if method in PAPER:
+            paper = dict(zip((1, 2, 4, 8, 16), PAPER[method]))
+            cells = [f"{paper[w]:g}" if w in paper else "" for w in workers]
+            lines.append(f"| {method} | paper: times faster | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -202,7 +217,9 @@ def main(args: Args) -> str:
     except KeyboardInterrupt:
         raise SystemExit(f"Stopped; {path} keeps what was measured.") from None
     if args.part == "workers":
-        return table(read(path, args), args.workers)
+        return table(read(path, args), args.workers, METHODS)
+    if args.part == "bundles":
+        return table(read(path, args), args.bundles, GORILA)
     draw(read(path, args), args, path.with_suffix(".png"))
     return str(path.with_suffix(".png"))
 
