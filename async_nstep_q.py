@@ -2,11 +2,22 @@
 
     Paper    Mnih et al., "Asynchronous methods for deep reinforcement learning", ICML 2016
     Shows    algorithms 1 and S1: parallel players do without a replay memory (figure 1)
-    Run      python async_nstep_q.py --env-id PongNoFrameskip-v4 --num-workers 2 --envs-per-worker 8
+    Run      python async_nstep_q.py --env-id PongNoFrameskip-v4 --orthogonal-init
+               --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8 --total-timesteps 10000000
+               --eval-episodes 30
+    Result   not yet measured
+    Run      python async_nstep_q.py --algorithm onestep-q --env-id PongNoFrameskip-v4
+               --orthogonal-init --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8
+               --total-timesteps 4000000 --eval-episodes 30
+    Result   not yet measured
+    Run      python async_nstep_q.py --algorithm onestep-sarsa --env-id PongNoFrameskip-v4
+               --orthogonal-init --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8
+               --total-timesteps 4000000 --eval-episodes 30
     Result   not yet measured
 
 Departures: ours (the paper's); those of the first line are the authors' later answers on A3C
     learning rate 7e-4 (searched per game), RMSProp's epsilon 0.1, gradient norm 40 (not told)
+    the Run lines: orthogonal first weights (Torch7's), epsilon 1e-3, 8 games in each of 2 processes
     each game (thread) draws its final exploration rate anew when a whole game is over
       ("periodically"), so that 0.4, 0.3 and 0.3 are shares of games, not of steps; returns in
       training are means over all rates, far below those of evaluation
@@ -14,9 +25,12 @@ Departures: ours (the paper's); those of the first line are the authors' later a
     segments begin anew with an episode in the one-step methods, too (updates at every fifth step of
       a thread and at ends); their gradients are taken together at its end (each at its own step),
       and theta^- is renewed after the update of the segment in which it was due (at that step)
+    Sarsa with K > 1 chooses anew for the games that begin an episode: one more forward pass
+    --resume with another number of workers or games draws all final exploration rates anew
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
-    g begins at 0, rewards are clipped to [-1, 1], training episodes end with a life, games after
-      108,000 frames, where the target goes on with Q of the last screens (not told)
+    g begins at 0 (not told: --rmsprop-start), rewards are clipped to [-1, 1], training episodes end
+      with a life, games after 108,000 frames, where the target goes on with Q of the last screens
+      (not told)
     up to 30 no-ops before a game (not told); no GPU, that being the paper's point
     today's action sets: Pong 6 (3); sticky actions with *-v0 and ALE/*-v5 ids (none)
     K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
@@ -76,12 +90,13 @@ class Args:
     t_max: int = 5  # steps of a segment, at most; I_AsyncUpdate of the one-step methods
     discount: float = 0.99  # gamma
     target_period: int = 10_000  # I_target, steps between two target networks; 40,000 frames
-    epsilon_timesteps: int = 1_000_000  # until exploration has fallen, well below total_timesteps
+    epsilon_timesteps: int = 1_000_000  # until exploration has fallen from 1; 4 M frames
     # Optimisation
     total_timesteps: int = 80_000_000  # of all workers together; 320 M frames, the paper's day
     learning_rate: float = 7e-4  # at the start; falls linearly to 0
     rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # inside the root
+    rmsprop_start: float = 0.0  # of g; TensorFlow's begins at 1, ports to it have eps 1e-5
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
     # The run
     report_every: int = 50_000  # steps between two reports, each with a checkpoint
@@ -448,6 +463,7 @@ def worker(
         with torch.no_grad():
             return epsilon_greedy(net(s), epsilon)
 
+    log.put((f"charts/final_epsilon_{rank}", final_epsilons[rank].mean().item(), first_step))
     segments = explore(envs, seeds, choose, args.t_max, args.algorithm == "onestep-sarsa")
     while T.value < args.total_timesteps and main_process.is_alive():
         if net is not shared:
@@ -643,6 +659,8 @@ def run(args: Args) -> dict[str, float]:
     target_net = QNetwork(num_actions, args.network).share_memory()
     copy_parameters(net, target_net)
     optimizer = SharedRMSProp(list(net.parameters()), args.rmsprop_decay, args.rmsprop_eps)
+    for g in optimizer.g:
+        g.fill_(args.rmsprop_start)
     final_epsilons = draw_final_epsilons(args.num_workers * args.envs_per_worker)
     final_epsilons = final_epsilons.view(args.num_workers, -1).share_memory_()
     shared = {  # views of what the workers change
@@ -663,7 +681,7 @@ def run(args: Args) -> dict[str, float]:
         film = path.with_name("game.gif") if args.capture_video else None
         return evaluate(net, args, film)
     if args.resume:
-        shaping = ("env_id", "network", "algorithm", "orthogonal_init")
+        shaping = ("env_id", "network", "algorithm", "orthogonal_init", "rmsprop_start")
         checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping)
         target_net.load_state_dict(checkpoint["target_net"])
         for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):

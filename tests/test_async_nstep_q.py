@@ -259,6 +259,27 @@ def test_math_successors_of_an_ended_episode_are_its_own_last_screens():
     assert segment.s_tm1[7, 0].unique().tolist() == [0]
 
 
+@pytest.mark.parametrize("K", [1, 3])
+@each_algorithm
+def test_math_forward_passes_of_a_segment(algorithm, K, monkeypatch):
+    """One for each action, one to learn, one of the target network; Sarsa's first one on top."""
+    args = Args(algorithm=algorithm, env_id="toy_games:Side-v0")
+    net, target_net = QNetwork(2, "small"), QNetwork(2, "small")
+    optimizer = SharedRMSProp(list(net.parameters()), 0.99, 0.1)
+    passes = []
+    for name, network in (("Q", net), ("target", target_net)):
+        network.register_forward_pre_hook(lambda _, given, n=name: passes.append((n, *given)))
+    choose = torch.no_grad()(lambda s: net(s).argmax(-1))
+    envs, sarsa = [async_nstep_q.make_env(args.env_id) for _ in range(K)], "sarsa" in algorithm
+    segment, _ = next(async_nstep_q.explore(envs, list(range(K)), choose, args.t_max, sarsa))
+    acting = [name for name, s in passes if s.shape[:-3] == (K,)]
+    assert len(passes) == len(acting) == args.t_max + sarsa
+    async_nstep_q.update(net, target_net, optimizer, segment, 0.1, args)
+    shapes = [(name, s.shape[:-3].numel()) for name, s in passes[len(acting) :]]
+    successors = K if algorithm == "nstep-q" else args.t_max * K
+    assert sorted(shapes) == [("Q", args.t_max * K), ("target", successors)]
+
+
 def test_math_sarsas_next_action_is_the_one_it_executes():
     """Every choice is another number: what a_t says must be what the next step does."""
     choices = iter(range(10**6))
@@ -458,7 +479,8 @@ def test_math_worker_follows_algorithms_1_and_s1(algorithm, monkeypatch):
     assert all(min(abs(e - f) for f in (0.1, 0.01, 0.5)) < 1e-5 for e in last)
     told = {tag for tag, _, step in reports if step == steps[2]}
     assert "losses/gradient_norm" in told  # not finite: reported at once
-    ends = [step for tag, _, step in reports if tag == "charts/final_epsilon_6"]
+    first, *ends = [step for tag, _, step in reports if tag == "charts/final_epsilon_6"]
+    assert first == 40 and reports[0][:2] == ("charts/final_epsilon_6", pytest.approx(0.7))
     assert len(ends) == len([1 for tag, *_ in reports if tag == "charts/episodic_return"])
     assert len(ends) == 3 * ((steps[-1] - 40) // 30)
     assert (final_epsilons[:6] == 0.7).all() and (final_epsilons[7] == 0.7).all()
@@ -481,10 +503,11 @@ def test_math_orthogonal_init(tmp_path, monkeypatch):
 def test_math_the_workers_start_with_one_network_and_many_exploration_rates(tmp_path, monkeypatch):
     monkeypatch.setattr(async_nstep_q, "supervise", lambda *arguments: arguments)
     args = dataclasses.replace(Args(**TOY), envs_per_worker=30, run_dir=str(tmp_path))
-    args = dataclasses.replace(args, rmsprop_eps=0.3, rmsprop_decay=0.7)
+    args = dataclasses.replace(args, rmsprop_eps=0.3, rmsprop_decay=0.7, rmsprop_start=0.25)
     _, arguments, *_, save, _ = async_nstep_q.main(args)
     _, first_step, net, target_net, optimizer, final_epsilons, *_ = arguments
     assert first_step == 0 and (optimizer.eps, optimizer.decay) == (0.3, 0.7)
+    assert all((g == 0.25).all() for g in optimizer.g)
     assert all(map(torch.equal, net.parameters(), target_net.parameters()))
     assert all(len(rates.unique()) == 3 for rates in final_epsilons)
 
