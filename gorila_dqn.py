@@ -2,12 +2,17 @@
 
     Paper    Nair et al., "Massively parallel methods for deep reinforcement learning", arXiv 2015
     Shows    algorithm 1: DQN distributed over processes and machines that may die (section 4)
-    Run      python gorila_dqn.py --env-id PongNoFrameskip-v4 --total-timesteps 2000000
+    Run      python gorila_dqn.py --env-id PongNoFrameskip-v4 --num-actors 2 --num-learners 2
+               --total-timesteps 2000000 --learning-rate 1e-2 --epsilon-updates 25000
+               --target-period 1000 --learning-starts 10000 --bfloat16 --eval-every 250000
     Result   not yet measured
-    Run      python gorila_dqn.py --env-id PongNoFrameskip-v4 --total-timesteps 2000000
-               --num-actors 1 --num-learners 1
+    Run      python gorila_dqn.py --env-id PongNoFrameskip-v4 --num-actors 1 --num-learners 1
+               --total-timesteps 2000000 --learning-rate 1e-2 --epsilon-updates 25000
+               --target-period 1000 --learning-starts 10000 --bfloat16 --eval-every 250000
     Result   not yet measured
-    Run      python gorila_dqn.py --total-timesteps 2000000
+    Run      python gorila_dqn.py --num-actors 2 --num-learners 2
+               --total-timesteps 2000000 --learning-rate 1e-2 --epsilon-updates 25000
+               --target-period 1000 --learning-starts 10000 --bfloat16 --eval-every 250000
     Result   not yet measured
 
     Actor --steps--> ReplayMemory --minibatches--> Learner --gradients, versions--.
@@ -35,13 +40,16 @@ Departures: ours (the paper's, or what is known of it)
       (every step); each shard judges by itself whether a gradient is too old (not told)
     a memory of 1 million steps shared out among the actors (1 million each), 50,000 of them before
       the first update (none)
+    the Run lines: exploration falls in 100,000 steps, AdaGrad's rate is 1e-2, a target network
+      lasts 1,000 updates, learning begins after 10,000 steps, in 16 bits
     AdaGrad with learning rate 2e-3 and G = 1e-6 at the start, gradients at most 100 versions old
       (not told); outliers by the minibatch's mean clipped loss (its absolute loss), 5 deviations
-      above an exponential mean, after 1,000 minibatches ("several", a running mean)
+      above an exponential mean, after 1,000 minibatches ("several", a running mean): where hardly
+      any minibatch holds a reward, those that do are thrown away
     TD errors clipped to [-1, 1] as in DQN 2015 (algorithm 1 writes the plain square)
     ours alone, off by default: --bfloat16, --optimizer sgd
-    training episodes end with a life (not told); of the paper's two protocols the one with no-op
-      starts (human starts were never published)
+    training episodes end with a life, games after 108,000 frames (not told); of the paper's two
+      protocols the one with no-op starts (human starts were never published)
 
 Symbols: theta (W+) the parameters, G AdaGrad's sum of squared gradients, y target of Q, theta^-
 parameters of the target network; a_tm1 taken in s_tm1 gives r_t and s_t; epsilon exploration rate;
@@ -194,8 +202,9 @@ def epsilon_greedy(
 
 def adagrad(theta: np.ndarray, G: np.ndarray, g: np.ndarray, learning_rate: float) -> None:
     """G += g^2 and theta -= learning_rate g / sqrt(G), in place (Duchi et al. 2011)."""
-    G += g * g
-    theta -= learning_rate * g / np.sqrt(G)
+    theta, G, g = map(torch.from_numpy, (theta, G, g))  # the same memory, fewer passes through it
+    G.addcmul_(g, g)
+    theta.addcmul_(g, G.rsqrt(), value=-learning_rate)
 
 
 class LossStatistics:
@@ -288,9 +297,10 @@ class ParameterServer:
         self.shards, self.wait, self.pushed = shards, wait, []
 
     def pull(self) -> tuple[np.ndarray, list[int]]:
-        """theta and the version of each slice."""
-        self.settle()
-        slices, versions = zip(*self.wait([shard.pull() for shard in self.shards]))
+        """theta and the version of each slice, after the last gradient."""
+        answers = self.wait(self.pushed + [shard.pull() for shard in self.shards])
+        slices, versions = zip(*answers[len(self.pushed) :])
+        self.pushed = []
         return np.concatenate(slices), list(versions)
 
     def push(self, gradient: np.ndarray, versions: list[int]) -> None:
@@ -300,7 +310,7 @@ class ParameterServer:
         self.pushed = [shard.push(part, version) for shard, part, version in calls]
 
     def settle(self) -> None:
-        """Wait until the shards have dealt with the last gradient; their errors are raised here."""
+        """Wait until the shards have dealt with the last gradient."""
         self.wait(self.pushed)
         self.pushed = []
 

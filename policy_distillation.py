@@ -13,41 +13,13 @@
                --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4
                --bfloat16 --run-dir runs/freeway
     Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --student same
+    Run      python policy_distillation.py --total-rounds 10 --eval-every 2
                --teachers runs/pong/checkpoint.pt
     Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --student same --loss nll
-               --teachers runs/pong/checkpoint.pt
-    Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --student same --loss mse
-               --teachers runs/pong/checkpoint.pt
-    Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --student net1
-               --teachers runs/pong/checkpoint.pt
-    Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --teachers runs/pong/checkpoint.pt
-    Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --student net3
-               --teachers runs/pong/checkpoint.pt
-    Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --student same
+    Run      python policy_distillation.py --total-rounds 10 --eval-every 2
                --teachers runs/freeway/checkpoint.pt
     Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --student same --loss nll
-               --teachers runs/freeway/checkpoint.pt
-    Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --student same --loss mse
-               --teachers runs/freeway/checkpoint.pt
-    Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --student net1
-               --teachers runs/freeway/checkpoint.pt
-    Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --teachers runs/freeway/checkpoint.pt
-    Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --student net3
-               --teachers runs/freeway/checkpoint.pt
-    Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 20
+    Run      python policy_distillation.py --total-rounds 20 --eval-every 4
                --teachers runs/pong/checkpoint.pt runs/freeway/checkpoint.pt
     Result   not yet measured
     Run      python policy_distillation.py --stage teacher --total-timesteps 2000000
@@ -452,8 +424,12 @@ def named(tag: str, env_id: str, args: Args) -> str:
     return tag if len(args.env_ids) == 1 else f"{tag}/{env_id}"
 
 
-def evaluate_games(net: GameNetwork, teachers: nn.ModuleList, args: Args) -> dict[str, float]:
+def evaluate_games(
+    net: GameNetwork, teachers: nn.ModuleList, args: Args, known: dict[int, float]
+) -> dict[str, float]:
     """One network's scores in all games; percent of the teachers', if any, and geometric mean.
+
+    known: the scores of teachers that have not changed since an evaluation, which adds to it.
 
     A percentage of a score that is not above 0 says nothing, and the logarithms of a geometric mean
     want ratios above 0: what cannot be told is left out, and a sentence says why.
@@ -462,8 +438,10 @@ def evaluate_games(net: GameNetwork, teachers: nn.ModuleList, args: Args) -> dic
     for g, env_id in enumerate(args.env_ids):
         found = evaluate(partial(net, game=g), env_id, args)
         if len(teachers) > 0:
-            ours, theirs = found["episodic_return"], evaluate(teachers[g], env_id, args)
-            found["teacher_return"] = theirs = theirs["episodic_return"]
+            if g not in known:
+                known[g] = evaluate(teachers[g], env_id, args)["episodic_return"]
+            ours, theirs = found["episodic_return"], known[g]
+            found["teacher_return"] = theirs
             if theirs > 0:
                 found["percent_of_teacher"] = 100 * ours / theirs
             if min(ours, theirs) > 0:
@@ -484,7 +462,7 @@ def evaluate_games(net: GameNetwork, teachers: nn.ModuleList, args: Args) -> dic
 def choose_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
     """For students and DQN alike."""
     if args.optimizer == "adam":
-        return torch.optim.Adam(net.parameters(), args.learning_rate)
+        return torch.optim.Adam(net.parameters(), args.learning_rate, fused=True)
     eps = args.learning_rate / args.max_learning_rate  # so that rate / (deviation + eps) < maximum
     return torch.optim.RMSprop(net.parameters(), args.learning_rate, 0.95, eps, centered=True)
 
@@ -1057,7 +1035,7 @@ def run_stage(
     stage = train_teacher(net, args, memory, checkpoint)
     if args.stage == "distill":
         stage = distill(net, teachers, args, memory, checkpoint)
-    finished = False
+    finished, known = False, {}
     try:
         with closing(stage):
             for step, due, metrics, state in stage:
@@ -1067,7 +1045,8 @@ def run_stage(
                 finished = state.get("steps", 0) >= args.total_timesteps
                 finished |= state.get("halves", 0) // 2 >= args.total_rounds
                 if due:
-                    metrics |= evaluate_games(net, teachers, args)
+                    known = {} if args.online else known  # an online teacher changes
+                    metrics |= evaluate_games(net, teachers, args, known)
                 metrics["charts/minutes"] = seconds / 60  # with the evaluations before this report
                 report(writer, step, metrics)
         if args.capture_video:
@@ -1115,7 +1094,7 @@ def run(args: Args) -> dict[str, float]:
     if args.evaluate:
         if args.capture_video:
             film_games(net, teachers, args, path.parent)
-        return evaluate_games(net, teachers, args)
+        return evaluate_games(net, teachers, args, {})
     if args.resume and file_sizes(path.parent / "memory") != checkpoint.get("memory"):
         raise SystemExit(
             f"The replays in {path.parent / 'memory'} are missing or not as {path} left them: "

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The commands behind results/README.md, each to be run from the top folder, alone or all of them.
 # Every one writes a run folder of its own; `python results/keep.py RUN_FOLDER results/.../NAME.csv`
-# then keeps what the figures need, and `python results/plot.py` draws them.
-set -e
+# then keeps what the figures need, and `python results/plot.py` draws them. A line whose folder holds a
+# run already says so and is skipped; --resume FOLDER/checkpoint.pt in place of --run-dir goes on with it.
 
 # a3c_atari.py: 2 processes x 8 games
 python a3c_atari.py --env-id PongNoFrameskip-v4 --orthogonal-init --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8 --total-timesteps 8000000 --eval-episodes 30 --run-dir runs/a3c_atari/pong/orthogonal-init__seed1
@@ -18,7 +18,8 @@ done
 python a3c_continuous.py --env-id HalfCheetah-v5 --t-max 20 --learning-rate 1e-4 --entropy-cost 1e-3 --num-workers 2 --total-timesteps 10000000 --eval-episodes 30 --report-every 50000 --capture-video --run-dir runs/a3c_continuous/half_cheetah/seed1
 
 # a3c_maze.py
-python a3c_maze.py --num-workers 2 --eval-episodes 100 --capture-video --run-dir runs/a3c_maze/apples/seed1
+python a3c_maze.py --num-workers 2 --capture-video --run-dir runs/a3c_maze/apples/seed1
+python a3c_maze.py --evaluate runs/a3c_maze/apples/seed1/checkpoint.pt --eval-episodes 100
 python a3c_maze.py --evaluate runs/a3c_maze/apples/seed1/checkpoint.pt --eval-episodes 100 --random-walk
 
 # prong.py: condition of the Fisher matrix
@@ -45,10 +46,12 @@ for seed in 1 2 3; do
     python prong.py --method rmsprop --seed $seed --rmsprop-eps 1e-2 --learning-rate 1e-3 --total-iterations 10000 --report-every 250 --run-dir runs/prong/batch_128/rmsprop__seed$seed
 done
 
-# prong.py: updates between two whitenings, and none at all (centred and scaled)
-for period in 10 100 10000; do
+# prong.py: updates between two whitenings (1,000: batch_128/prong above), one at the start, and none
+# at all (centred and scaled)
+for period in 10 100; do
     python prong.py --whitening-period $period --total-iterations 10000 --report-every 250 --run-dir runs/prong/period/${period}__seed1
 done
+python prong.py --whitening-period 10000 --total-iterations 10000 --report-every 250 --run-dir runs/prong/period/once__seed1
 python results/prong_scaled.py --total-iterations 10000 --report-every 250 --run-dir runs/prong/period/scaled__seed1
 
 # prong.py: CIFAR-10 with equal updates
@@ -144,6 +147,15 @@ python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --num-sc
 python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --num-scales 4 --model ram --eval-every 10 --run-dir runs/multi_object_attention/pairs_wide/ram__seed1
 python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --num-scales 4 --glimpse-policy random --eval-every 10 --run-dir runs/multi_object_attention/pairs_wide/random__seed1
 python multi_object_attention.py --task addition --batch-size 256 --learning-rate 0.002 --epochs 30 --learning-rate-decay 0.9 --model conv --bfloat16 --eval-every 20 --run-dir runs/multi_object_attention/addition/conv__seed1
+# tried, see the tables of results/README.md
+python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --learning-rate-decay 0.98 --epochs 160 --location-std 0.1
+python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --learning-rate-decay 0.98 --epochs 160 --patch-size 16
+python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --epochs 120
+python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --num-scales 3
+python multi_object_attention.py --task addition --batch-size 256 --learning-rate 0.002 --epochs 120
+# not measured: three archives, 2.7 GB, go into data/svhn first
+python multi_object_attention.py --task svhn --forward-backward
+unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
 
 # recurrent_visual_attention.py: digits and Catch
 for seed in 1 2 3; do
@@ -153,5 +165,6 @@ for seed in 1 2 3; do
 done
 python recurrent_visual_attention.py --task cluttered --epochs 200 --glimpse-policy random --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered/random__seed1
 python recurrent_visual_attention.py --task cluttered --epochs 200 --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered/ram__seed1
+python recurrent_visual_attention.py --task cluttered --epochs 100 --model conv
 python recurrent_visual_attention.py --task cluttered --epochs 400 --model conv --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered/conv__seed1
 python recurrent_visual_attention.py --task cluttered100 --epochs 200 --eval-every 10 --run-dir runs/recurrent_visual_attention/cluttered100/seed1

@@ -19,7 +19,7 @@ import tyro
 class Args:
     run: tyro.conf.Positional[Path]  # the folder that holds metrics.csv
     target: tyro.conf.Positional[Path]  # the file to write
-    tags: tuple[str, ...] = ("charts/", "losses/", "eval/")  # beginnings of the tags to keep
+    tags: tuple[str, ...] = ()  # beginnings of the tags to keep; default: all
     points: int = 400  # rows of a tag, at most
 
 
@@ -33,7 +33,7 @@ def main(args: Args) -> Path:
     rows_of = defaultdict(list)
     with open(args.run / "metrics.csv", newline="") as file:
         for step, tag, value in csv.reader(file):
-            if tag.startswith(args.tags):
+            if tag.startswith(args.tags or ""):
                 rows_of[tag].append((int(step), tag, f"{float(value):.4g}"))
     rows = [row for rows in rows_of.values() for row in thin(rows, args.points)]
     args.target.parent.mkdir(parents=True, exist_ok=True)

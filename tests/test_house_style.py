@@ -237,19 +237,37 @@ def test_commands_of_the_headers_parse(path):
         assert tyro.cli(importlib.import_module(path.stem).Args, args=flags)
 
 
+def says(result: str, ours: str) -> bool:
+    """Whether a Result begins with this number, whole."""
+    return bool(re.match(re.escape(ours) + r"(?![.,]?\d)", result))
+
+
+def measured(path: Path) -> dict[str, str]:
+    return {c: result for c, result in experiments(path) if result != "not yet measured"}
+
+
 def test_the_readmes_numbers_are_those_of_the_scripts():
-    """Each measured experiment of a header is a row of the README and of results/, and no other."""
-    measured = {
-        command: result
-        for path in SCRIPTS
-        for command, result in experiments(path)
-        if result != "not yet measured"
-    }
-    for text in (README, RESULTS):
-        rows = {}
-        for row in table(text):
-            command = row.get("command") or row["command, time, hardware"]
-            rows[re.search(r"`(python .+?)`", command)[1]] = row["ours"]
-        assert rows.keys() == measured.keys()
-        for command, ours in rows.items():
-            assert measured[command].startswith(ours), f"{command}: {ours} is not its result"
+    """Each measured experiment of a header is a row of the README, in the header's order."""
+    script, rows = "", defaultdict(list)
+    for row in table(README):
+        script = re.match(r"\[(\w+\.py)\]|$", row["script, paper"])[1] or script
+        rows[script].append(row["ours"])
+    assert rows.keys() == {path.name for path in SCRIPTS if measured(path)}
+    for path in SCRIPTS:
+        for result, ours in zip(measured(path).values(), rows[path.name], strict=True):
+            assert says(result, ours), f"{path.name}: {ours} is not its result {result}"
+
+
+def test_the_results_numbers_are_those_of_the_scripts():
+    """Each measured experiment of a header is a row of results/README.md, and no other."""
+    results = {c: result for path in SCRIPTS for c, result in measured(path).items()}
+    rows = {re.search(r"`(python .+?)`", row["command"])[1]: row["ours"] for row in table(RESULTS)}
+    assert rows.keys() == results.keys()
+    for command, ours in rows.items():
+        assert says(results[command], ours), f"{command}: {ours} is not its result"
+
+
+def test_math_a_result_says_a_whole_number():
+    assert says("19.4 (30 games)", "19.4") and says("5.34 % of pairs", "5.34 %")
+    assert not says("19.4 (30 games)", "1") and not says("19.45", "19.4")
+    assert not says("2.00 %", "2") and not says("5,700", "5")

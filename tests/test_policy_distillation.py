@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -766,7 +767,7 @@ def test_math_evaluation_is_the_same_for_all_and_leaves_the_random_numbers_alone
     teacher = hand_made_teacher(2)
     score = policy_distillation.evaluate(teacher, SIDE, args)["episodic_return"]
     net = lambda s, game: teacher(s) if game == 0 else None  # noqa: E731
-    metrics = policy_distillation.evaluate_games(net, [], args)
+    metrics = policy_distillation.evaluate_games(net, [], args, {})
     assert metrics["eval/episodic_return"] == score and metrics["eval/episodic_length"] == 10
     assert 9.5 < score < 10  # 5 % exploration
     assert begun[:30] == begun[30:] and len(set(begun)) == 30
@@ -787,7 +788,7 @@ def scored(student: dict[str, float], teachers: list[float]) -> dict[str, float]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy_distillation, "evaluate", evaluate)
         args = Args(env_ids=("a", "b"))
-        return policy_distillation.evaluate_games(lambda s, game: None, teachers, args)
+        return policy_distillation.evaluate_games(lambda s, game: None, teachers, args, {})
 
 
 def test_math_ratios_and_their_geometric_mean(capsys):
@@ -1093,6 +1094,28 @@ def test_learns_from_all_rounds_so_far_and_is_evaluated_when_due(tmp_path, monke
     assert reported(tmp_path / "run")["eval/rounds"] == {60: 2, 90: 3, 120: 4, 150: 5}
 
 
+@pytest.mark.parametrize(("online", "times"), [(False, 1), (True, 3)])
+def test_learns_with_a_teacher_evaluated_anew_only_if_it_changes(
+    online, times, tmp_path, monkeypatch
+):
+    without_collectors(monkeypatch)
+    of_student, evaluated = [], []
+
+    def evaluate(Q, env_id, args, pictures=None):
+        (of_student if isinstance(Q, partial) else evaluated).append(env_id)
+        return {"episodic_return": 1.0}
+
+    monkeypatch.setattr(policy_distillation, "evaluate", evaluate)
+    for name in ("learn_from_memories", "draw_policies", "renew_teacher"):
+        monkeypatch.setattr(policy_distillation, name, lambda *_: {})
+    given = {"env_ids": (SIDE,), "online": True}
+    if not online:
+        given = {"teachers": (teacher_file(tmp_path / "a.pt", SIDE, 2),)}
+    policy_distillation.main(tiny(tmp_path, **given, eval_every=1, total_rounds=3))
+    assert len(of_student) == 3 and len(evaluated) == times
+    assert reported(tmp_path / "run")["eval/percent_of_teacher"] == {30: 100, 60: 100, 90: 100}
+
+
 def test_learns_on_with_the_minutes_it_had_after_sigterm(tmp_path, monkeypatch):
     def train_teacher(net, args, folder, checkpoint):
         steps = 100 + checkpoint.get("steps", 0)
@@ -1140,17 +1163,16 @@ def test_learns_nothing_with_evaluate_which_shows_what_the_checkpoint_holds(tmp_
     path.parent.mkdir()
     policy_distillation.save_checkpoint(path, net=net.state_dict(), **given)
 
-    def note(net, teachers, args, *folder):
-        shown.append((dict(net.state_dict()), dict(teachers.state_dict()), *folder))
+    def note(net, teachers, args, other):
+        shown.append((dict(net.state_dict()), dict(teachers.state_dict()), other))
         return {"eval/of": 1.0}
 
     for name in ("evaluate_games", "film_games"):
         monkeypatch.setattr(policy_distillation, name, note)
     metrics = policy_distillation.main(dataclasses.replace(args, evaluate=str(path)))
-    assert metrics == {"eval/of": 1} and sorted(map(len, shown)) == [2, 3]
-    for ours, theirs, *folder in shown:
+    assert metrics == {"eval/of": 1} and [other for *_, other in shown] == [path.parent, {}]
+    for ours, theirs, _ in shown:
         assert same(ours, dict(net.state_dict())) and same(theirs, dict(teachers.state_dict()))
-        assert folder in ([], [path.parent])
     assert sorted(tmp_path.rglob("*")) == [path.parent, path]
 
 

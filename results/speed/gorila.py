@@ -171,9 +171,10 @@ def elsewhere(learn: Callable, args: Args) -> Iterator[Progress]:
 
 
 def contenders() -> list[Contender]:
+    goals = {TIMES: 1.5, WIRE: 30}
     rows = [
-        Contender("gorila_dqn.py, 2 bundles", partial(on_ray, 2), {TIMES: 1.5, WIRE: 30}),
-        Contender("the same, --bfloat16", partial(on_ray, 2, bfloat16=True), {TIMES: 1.5}),
+        Contender("gorila_dqn.py, 2 bundles", partial(on_ray, 2), goals),
+        Contender("the same, --bfloat16", partial(on_ray, 2, bfloat16=True), goals),
         Contender("gorila_dqn.py, 1 bundle", partial(on_ray, 1), {WIRE: 30}),
         Contender("its classes in one process, without Ray", partial(elsewhere, learn_alone)),
     ]
