@@ -27,10 +27,13 @@ Departures: ours (the paper's)
       told); the grid's position is a sigmoid times the plan's length, from column 1 on for c, so it
       cannot leave it (DRAW: linear); its stride is exp(psi) columns (DRAW: (T - 1) / (K - 1)
       exp(psi)), psi_c's is not used
-    lambda is paid for c_0 after the shift: the chance that a step was drawn with (the index in eq.
-      3 is hard to read)
+    lambda is paid for c_0 after the shift: of a committed step the chance that it was drawn with,
+      of one that replans an entry that no gate is drawn from (the index in eq. 3 is hard to read)
     the last entry of a written commitment plan is 1, so that at the end of a plan there is another,
-      whatever b (not told); b starts at 0 (not told); z = mu + sigma eps (sigma or its square)
+      whatever b (not told); b starts at 0 (not told); z = mu + sigma eps (whether sigma is the
+      deviation or its square is not told)
+    the map of replans and their rates leave out first steps, which always plan; dead ends count
+      neither as turns nor as corridors (not told)
     gate and noise are drawn in evaluation, too (not told); an advantage is clipped in the policy's
       gradient, not in the value's (not told)
     processes, as many as there are cores (32 threads), each with K games (1), an update sums the
@@ -374,7 +377,8 @@ class StrawPolicy(nn.Module):
     def forward(self, seen: Seen, plan: Plan) -> Output:
         look = seen.g if self.economic else torch.ones_like(seen.g)  # committed steps need none
         zeta = torch.zeros(*look.shape, 128)
-        zeta[look] = self.features(seen.s[look])
+        if look.any():
+            zeta[look] = self.features(seen.s[look])
         return self.straw(zeta, seen.eps, seen.fresh, plan, seen.g)
 
 
@@ -573,14 +577,17 @@ def gradients_of(loss: Tensor, net: nn.Module, max_norm: float) -> tuple[Sequenc
 PERIODS, LONGEST = 50, 40  # of training; longer macro-actions count with those of 40 steps
 
 
-def count_commitments(histogram: Tensor, part: float, g: Tensor, age: Tensor) -> Tensor:
+def count_commitments(
+    histogram: Tensor, part: float, g: Tensor, fresh: Tensor, age: Tensor
+) -> Tensor:
     """Add to histogram [PERIODS, LONGEST + 1] the macro-actions that end in gates g [N, B].
 
-    Returns age [B], steps since replanning, as it is afterwards; before the first plan it is 0.
+    Those that an episode's end has cut, before fresh [N, B], do not count. Returns age [B], steps
+    since replanning, as it is afterwards; before the first plan it is 0.
     """
     row = histogram[min(PERIODS - 1, int(PERIODS * part))]
-    for g_t in g:
-        row += age[g_t].clamp(max=LONGEST).bincount(minlength=LONGEST + 1)
+    for g_t, begins in zip(g, fresh, strict=True):
+        row += age[g_t & ~begins].clamp(max=LONGEST).bincount(minlength=LONGEST + 1)
         age = torch.where(g_t, 1, age + 1)
     return age
 
@@ -710,6 +717,7 @@ def macro_action_metrics(rows: list[tuple], length: int) -> dict[str, float]:
 MOVES = {"up": (-1, 0), "right": (0, 1), "down": (1, 0), "left": (0, -1)}  # rows, columns
 OPENED = 0.1  # part of the inner walls that are opened again: a maze with more than one way
 MAZE_STEPS = 100  # of an episode, at most
+MAZES = 10  # in which replans are counted; the first is drawn
 
 
 def neighbours(walls: np.ndarray, cell: tuple[int, int]) -> list[tuple[int, int]]:
@@ -981,36 +989,43 @@ def evaluate(
     return metrics
 
 
-def count_replans(net: nn.Module, args: Args, watch: Callable = lambda: None) -> np.ndarray:
+def count_replans(
+    net: nn.Module, args: Args, seed: int, watch: Callable = lambda: None
+) -> np.ndarray:
     """Games in one maze, which is new to the agent, from anywhere to anywhere.
 
-    Of each cell [S, S]: is it a wall, how many steps began there, how many of them replanned?
+    Of each cell [S, S]: is it a wall, how many steps began there, how many of them replanned? First
+    steps, which always do, are left out.
     """
-    walls = carve(args.maze_size, np.random.default_rng(args.seed))
+    walls = carve(args.maze_size, np.random.default_rng(seed))
     visits, replans = np.zeros_like(walls, int), np.zeros_like(walls, int)
     envs = [Maze(args.maze_size, args.maze_reward, walls) for _ in range(args.eval_episodes)]
-    for playing, seen, *_ in whole_games(net, envs, args.seed, watch):
-        for k in playing:
+    for playing, seen, *_ in whole_games(net, envs, seed, watch):
+        for k in (k for k in playing if not seen.fresh[k]):
             cell = divmod(int(seen.s[k, ..., 0].argmax()), args.maze_size)  # the red one
             visits[cell] += 1
             replans[cell] += seen.g[k].item()
     return np.stack([walls, visits, replans])
 
 
-def replan_rates(counted: np.ndarray) -> dict[str, float]:
+def replan_rates(mazes: Sequence[np.ndarray]) -> dict[str, float]:
     """Percent of the steps that replan, at corners and junctions and in straight corridors.
 
-    Dead ends, which have one way out, belong to neither.
+    Mean and deviation over mazes. Dead ends, which have one way out, belong to neither.
     """
-    walls, visits, replans = counted
-    totals = {"at_turns": np.zeros(2), "in_corridors": np.zeros(2)}
-    for cell in map(tuple, np.argwhere(walls == 0).tolist()):
-        around = neighbours(walls, cell)
-        rows, columns = ({there[axis] for there in around} for axis in (0, 1))
-        if len(around) > 1:
-            place = "at_turns" if len(rows) > 1 and len(columns) > 1 else "in_corridors"
-            totals[place] += replans[cell], visits[cell]
-    return {f"eval/replans_{p}": float(100 * n / max(of, 1)) for p, (n, of) in totals.items()}
+    rates = defaultdict(list)
+    for walls, visits, replans in mazes:
+        totals = {"at_turns": np.zeros(2), "in_corridors": np.zeros(2)}
+        for cell in map(tuple, np.argwhere(walls == 0).tolist()):
+            around = neighbours(walls, cell)
+            rows, columns = ({there[axis] for there in around} for axis in (0, 1))
+            if len(around) > 1:
+                place = "at_turns" if len(rows) > 1 and len(columns) > 1 else "in_corridors"
+                totals[place] += replans[cell], visits[cell]
+        for place, (n, of) in totals.items():
+            rates[f"eval/replans_{place}"].append(100 * n / max(of, 1))
+    means = {tag: float(np.mean(values)) for tag, values in rates.items()}
+    return means | {f"{tag}_std": float(np.std(values)) for tag, values in rates.items()}
 
 
 def draw_replans(counted: np.ndarray, path: Path) -> None:
@@ -1143,7 +1158,8 @@ def worker(
             step = T.value = T.value + rollout.r_t.numel()
         learning_rate = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
         watched = update(net, optimizer, rollout, learning_rate, args)
-        age = count_commitments(histogram, step / args.total_timesteps, rollout.seen.g, age)
+        g, fresh = rollout.seen.g, rollout.seen.fresh
+        age = count_commitments(histogram, step / args.total_timesteps, g, fresh, age)
 
         for info in games:  # "l" in frames, in mazes steps
             log.put(("charts/episodic_return", float(info["episode"]["r"]), step))
@@ -1377,9 +1393,10 @@ def run_games(args: Args) -> dict[str, float]:
             draw_commitments(histogram, run_dir / "commitments.png")
             film_plan(agent, args, step, run_dir / "plan.gif")
             if args.task == "maze":
-                counted = count_replans(agent, args, watch)
-                draw_replans(counted, run_dir / "replans.png")
-                metrics |= replan_rates(counted)
+                seeds = range(args.seed, args.seed + MAZES)
+                mazes = [count_replans(agent, args, seed, watch) for seed in seeds]
+                draw_replans(mazes[0], run_dir / "replans.png")
+                metrics |= replan_rates(mazes)
         return metrics
 
     if args.evaluate:
@@ -1494,7 +1511,8 @@ def run_text(args: Args) -> dict[str, float]:
                 log.put((tag, value, step))
             drain(log, recent)
             state = tuple(part.detach() for part in out.state)
-            age = count_commitments(histogram, step / args.total_timesteps, out.g, age)
+            nowhere = torch.zeros_like(out.g)
+            age = count_commitments(histogram, step / args.total_timesteps, out.g, nowhere, age)
             bar.update(N * B)
             finished = step >= args.total_timesteps
             if not finished and step < last_step + args.report_every:

@@ -1,6 +1,6 @@
 """Draw every measured curve: results/SCRIPT/EXPERIMENT/*.csv -> curve.png beside them.
 
-overview.png has a panel for each script: the first of its experiments below.
+overview.png has a panel for each script, in the README's order: the first of its experiments below.
 
     python results/plot.py              # all of them
     python results/plot.py prong        # those whose folder has this in its name
@@ -36,6 +36,7 @@ class Axis(NamedTuple):
 STEPS = Axis("agent steps (millions)", 1e6)
 UPDATES = Axis("updates (thousands)", 1e3)
 EPOCHS = Axis("epochs")
+CHARACTERS = Axis("characters (millions)", 1e6)
 MUSHROOMS = Axis("mushrooms met (thousands)", 1e3)
 
 
@@ -46,6 +47,7 @@ class Experiment:
     tag: str  # of the curve in metrics.csv
     y: str  # what it is, with its unit
     x: tuple[Axis, ...] = (STEPS,)  # one panel each
+    beside: tuple[tuple[str, str, str], ...] = ()  # dotted lines: label, CSV below results/, tag
     paper: float | None = None  # drawn as a dashed line
     paper_label: str = ""
     window: int = 1  # reports averaged for a point
@@ -68,6 +70,17 @@ EXPERIMENTS = [
         title="A3C on Breakout, small network, 2 workers x 8 games",
         tag="charts/episodic_return",
         y="score of a training game",
+        paper=551.6,
+        paper_label="paper: 551.6 (80 M steps, human starts)",
+        window=3,
+        logarithmic=True,
+    ),
+    Experiment(
+        folder="async_nstep_q/pong",
+        title="One-step Q, one-step Sarsa, n-step Q and A3C on Pong, 2 workers x 8 games",
+        tag="charts/episodic_return",
+        y="score of a training game",
+        beside=(("A3C", "a3c_atari/pong/orthogonal-init__seed1.csv", "charts/episodic_return"),),
         window=3,
     ),
     Experiment(
@@ -75,6 +88,8 @@ EXPERIMENTS = [
         title="A3C holds a pole upright, from states",
         tag="charts/episodic_return",
         y="return of a training episode",
+        paper=950,
+        paper_label="gymnasium's mark: 950",
         window=3,
     ),
     Experiment(
@@ -123,6 +138,8 @@ EXPERIMENTS = [
         tag="charts/regret",
         y="cumulative regret",
         x=(MUSHROOMS,),
+        paper=5700,
+        paper_label="paper, Bayes by Backprop: 5,700 after 50,000",
         logarithmic=True,
     ),
     Experiment(
@@ -163,6 +180,8 @@ EXPERIMENTS = [
         tag="eval/validation_error",
         y="validation error (%)",
         x=(UPDATES,),
+        paper=7.32,
+        paper_label="paper, PRONG, test, to the end: 7.32",
     ),
     Experiment(
         folder="cyclic_rotation_cnn/rotated-mnist",
@@ -271,13 +290,14 @@ TRANSFORMED = {  # distortion: what it is, the paper's errors of an affine FCN a
     "TC": ("moved digits among clutter", 2.0, 1.7),
     "addition": ("the sum of two digits", 9.0, None),
 }
+kinds = {"fcn": "fully connected", "cnn": "convolutional"}
 for distortion, (what, *errors) in TRANSFORMED.items():
     transformer = "two affine" if distortion == "addition" else "affine"
     for model, error in zip(("fcn", "cnn"), errors):
         EXPERIMENTS.append(
             Experiment(
                 folder=f"spatial_transformer_mnist/{distortion}_{model}",
-                title=f"Spatial transformers before one {model.upper()}: {what}",
+                title=f"Spatial transformers in {kinds[model]} networks: {what}",
                 tag="eval/error",
                 y="test error (%)",
                 x=(UPDATES,),
@@ -286,6 +306,42 @@ for distortion, (what, *errors) in TRANSFORMED.items():
                 logarithmic=True,
             )
         )
+
+OPTIMAL = (("optimal", "straw/maze_15/strawe__seed1.csv", "charts/optimal_return"),)
+for folder, title, y, beside in (
+    ("straw/maze_11", "STRAW in mazes of 11x11 cells", "return of a training episode", ()),
+    ("straw/ablations", "STRAWe in the same mazes", "return of a training episode", ()),
+    ("straw/maze_15", "STRAW in mazes of 15x15 cells, goals ever farther", "return", OPTIMAL),
+    ("straw/ms_pacman", "STRAW on Ms. Pacman, a short run", "score of a training game", ()),
+    ("straw/frostbite", "STRAW on Frostbite, a short run", "score of a training game", ()),
+    ("gorila_dqn/pong", "Gorila on Pong, bundles on 2 cores", "score of a training game", ()),
+    ("gorila_dqn/breakout", "Gorila on Breakout, 2 bundles", "score of a training game", ()),
+):
+    EXPERIMENTS.append(
+        Experiment(folder, title, "charts/episodic_return", y, beside=beside, window=5)
+    )
+EXPERIMENTS.append(
+    Experiment(
+        folder="straw/text",
+        title="STRAW reads Shakespeare",
+        tag="losses/bits_per_character",
+        y="bits per character of training",
+        x=(CHARACTERS,),
+        window=3,
+    )
+)
+for game in ("pong", "freeway"):
+    taught = f"policy_distillation/{game}/net2__seed1.csv"
+    EXPERIMENTS.append(
+        Experiment(
+            folder=f"policy_distillation/{game}",
+            title=f"Policy distillation: students of a teacher of {game.capitalize()}",
+            tag="eval/episodic_return",
+            y="score of 30 games",
+            x=(UPDATES,),
+            beside=(("the teacher", taught, "eval/teacher_return"),),
+        )
+    )
 
 
 def read(path: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
@@ -343,6 +399,9 @@ def draw_panel(axis: plt.Axes, experiment: Experiment, x: Axis) -> None:
         axis.plot(points, np.mean(values, 0), label=f"{label or 'ours'}, {seeds}")
         if len(curves) > 1:
             axis.fill_between(points, np.min(values, 0), np.max(values, 0), alpha=0.2)
+    for label, path, tag in experiment.beside:
+        steps, values = read(RESULTS / path, tag)
+        axis.plot(steps / x.unit, smooth(values, experiment.window), ":", label=label)
     if experiment.paper is not None:
         axis.axhline(experiment.paper, color="k", ls="--", lw=1, label=experiment.paper_label)
     axis.set(xlabel=x.label, ylabel=experiment.y)
@@ -375,9 +434,10 @@ def draw(experiment: Experiment) -> Path:
 
 def draw_overview() -> Path:
     """overview.png: of every script the first of its experiments that is measured."""
-    first = {}
+    first, readme = {}, (RESULTS.parent / "README.md").read_text()
     for experiment in filter(measured, EXPERIMENTS):
         first.setdefault(experiment.folder.split("/")[0], experiment)
+    first = dict(sorted(first.items(), key=lambda item: readme.index(f"[{item[0]}.py]")))
     columns = min(3, len(first))
     rows = -(-len(first) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False)

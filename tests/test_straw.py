@@ -547,7 +547,7 @@ def test_gradient_reaches_the_features_and_the_noise_that_is_paid_for(model):
 def test_math_who_always_replans_is_never_committed():
     net, args = policy("straw", replan="always", maze_size=7)
     assert straw.evaluate(net, args, 0)["eval/committed"] == 0
-    _, visits, replans = straw.count_replans(net, args)
+    _, visits, replans = straw.count_replans(net, args, 1)
     assert np.array_equal(visits, replans) and visits.sum() > 20
 
 
@@ -961,15 +961,18 @@ def test_math_atari_is_played_as_by_dqn():
 
 def test_math_commitments_are_counted_as_in_a_loop():
     torch.manual_seed(0)
-    g = torch.rand(300, 3) < 0.1
-    g[0] = True
+    fresh = torch.rand(300, 3) < 0.02  # episodes begin with a plan
+    fresh[0] = True
+    g = (torch.rand(300, 3) < 0.1) | fresh
     histogram, age = torch.zeros(straw.PERIODS, straw.LONGEST + 1).long(), torch.zeros(3).long()
-    for i, steps in enumerate(g.split(40)):
-        age = straw.count_commitments(histogram, i / 7, steps, age)
+    for i, (steps, begins) in enumerate(zip(g.split(40), fresh.split(40))):
+        age = straw.count_commitments(histogram, i / 7, steps, begins, age)
     expected = Counter()
     for b in range(3):
         opened = g[:, b].nonzero().flatten().tolist()
-        expected.update(min(straw.LONGEST, j - i) for i, j in pairwise(opened))
+        ended = [(i, j) for i, j in pairwise(opened) if not fresh[j, b]]
+        assert 0 < len(ended) < len(opened) - 1
+        expected.update(min(straw.LONGEST, j - i) for i, j in ended)
     assert {i: n for i, n in enumerate(histogram.sum(0).tolist()) if i and n} == expected
     periods = histogram.sum(1).nonzero().flatten().tolist()
     assert periods == [min(49, int(50 * i / 7)) for i in range(8)]
@@ -983,11 +986,16 @@ def test_math_replan_rates_of_a_hand_made_maze(junction):
     visits, replans = np.zeros((5, 5)), np.zeros((5, 5))
     for c, of, n in ([(1, 1), 9, 9], [(1, 2), 10, 1], [(1, 3), 4, 3], [(2, 3), 10, 2]):
         visits[c], replans[c] = of, n
-    rates = straw.replan_rates(np.stack([walls, visits, replans]))
+    maze = np.stack([walls, visits, replans])
+    still = np.stack([walls, visits, 0 * replans])
     turns, corridors = (400 / 14, 20.0) if junction else (75.0, 15.0)
-    assert rates["eval/replans_at_turns"] == pytest.approx(turns)
-    assert rates["eval/replans_in_corridors"] == pytest.approx(corridors)
-    assert len(rates) == 2
+    for mazes, n in (([maze], 1), ([maze, still], 2)):
+        rates = straw.replan_rates(mazes)
+        assert rates["eval/replans_at_turns"] == pytest.approx(turns / n)
+        assert rates["eval/replans_in_corridors"] == pytest.approx(corridors / n)
+        assert rates["eval/replans_at_turns_std"] == pytest.approx(turns / 2 * (n - 1))
+        assert rates["eval/replans_in_corridors_std"] == pytest.approx(corridors / 2 * (n - 1))
+        assert len(rates) == 4
 
 
 def pictures(monkeypatch) -> list[tuple]:
@@ -1066,12 +1074,17 @@ def test_math_the_film_shows_one_game_after_another_as_in_evaluation(task, tmp_p
 
 def test_math_replans_are_counted_where_the_agent_stands():
     net, args = policy("straw", maze_size=7)
-    counted = straw.count_replans(net, args)
+    counted = straw.count_replans(net, args, 3)
     walls, visits, replans = counted
-    assert np.array_equal(walls, straw.carve(7, np.random.default_rng(args.seed)))
-    assert (visits[walls > 0] == 0).all() and visits.sum() > 20
-    assert (replans <= visits).all() and replans.sum() < visits.sum()
-    assert np.array_equal(counted, straw.count_replans(net, args))
+    assert np.array_equal(walls, straw.carve(7, np.random.default_rng(3)))
+    assert (visits[walls > 0] == 0).all()
+    envs, steps = [Maze(7, args.maze_reward, walls > 0) for _ in range(args.eval_episodes)], []
+    for playing, seen, *_ in straw.whole_games(net, envs, 3):
+        steps += [seen.g[k].item() for k in playing]
+    first = args.eval_episodes  # steps, which always plan
+    assert visits.sum() == len(steps) - first > 20 and all(steps[:first])
+    assert (replans <= visits).all() and replans.sum() == sum(steps) - first < visits.sum()
+    assert np.array_equal(counted, straw.count_replans(net, args, 3))
 
 
 # ---- Text ---------------------------------------------------------------------------------------
@@ -1507,9 +1520,9 @@ def test_math_a_run_of_games_begins_with_its_seed_or_goes_on(resumed, tmp_path, 
             ("evaluate", agent, given, 500, watch),
             ("draw_commitments", histogram, tmp_path / "commitments.png"),
             ("film_plan", agent, given, 500, tmp_path / "plan.gif"),
-            ("count_replans", agent, given, watch),
+            *(("count_replans", agent, given, given.seed + i, watch) for i in range(10)),
             ("draw_replans", "counted", tmp_path / "replans.png"),
-            ("replan_rates", "counted"),
+            ("replan_rates", ["counted"] * 10),
         ]
         with torch.no_grad():
             shared.straw.b += 5
