@@ -939,27 +939,32 @@ def whole_games(
 ) -> Iterator[tuple[list[int], Seen, Output, list[dict]]]:
     """One game of each of K envs to its end, gates and actions sampled.
 
-    Yields of every step the games that were not over, what was seen and put out in all K, and the
-    last infos of those that it ended. watch() is called every step.
+    Yields of every step the games that are not over, what is seen and put out in these, a row each,
+    and the last infos of those that it ends. watch() is called every step.
     """
-    K, playing = len(envs), list(range(len(envs)))
+    K = len(envs)
     seeds = independent_seeds(K + 1, seed)
     generator = torch.Generator().manual_seed(seeds.pop())
     s = torch.from_numpy(np.stack([env.reset(seed=i)[0] for env, i in zip(envs, seeds)]))
     a, fresh, state = torch.zeros(K).long(), torch.ones(K).bool(), net.initial_state(K)
+    playing = list(range(K))
     while playing:
         watch()
         seen, out = decide(net, (s, a, fresh), state, generator)
-        a, state = sample(out.y[0, :, :-1], generator), out.state
-        fresh = torch.zeros_like(fresh)
-        s, before, ended = s.clone(), playing.copy(), []
-        for k in before:
-            image, _, terminated, truncated, info = envs[k].step(a[k].item())
-            s[k] = torch.from_numpy(image)
+        a = sample(out.y[0, :, :-1], generator)
+        images, on, ended = [], [], []  # rows that go on
+        for row, k in enumerate(playing):
+            image, _, terminated, truncated, info = envs[k].step(a[row].item())
             if terminated or truncated:
                 ended.append(info | {"solved": terminated})
-                playing.remove(k)
-        yield before, seen, out, ended
+            else:
+                images.append(image)
+                on.append(row)
+        yield playing, seen, out, ended
+        playing = [playing[row] for row in on]
+        s, a, fresh = torch.from_numpy(np.array(images)), a[on], torch.zeros(len(on)).bool()
+        parts = [part[on] for part in out.state]
+        state = Plan(*parts) if isinstance(out.state, Plan) else tuple(parts)
 
 
 def evaluate(
@@ -974,7 +979,7 @@ def evaluate(
             games += ended
             bar.update(len(ended))
             steps += len(playing)
-            replans += seen.g[playing].sum().item()
+            replans += seen.g.sum().item()
     scores = [game["episode"]["r"] for game in games]
     lengths = [game["episode"]["l"] for game in games]  # frames, in mazes steps
     metrics = {
@@ -1000,11 +1005,11 @@ def count_replans(
     walls = carve(args.maze_size, np.random.default_rng(seed))
     visits, replans = np.zeros_like(walls, int), np.zeros_like(walls, int)
     envs = [Maze(args.maze_size, args.maze_reward, walls) for _ in range(args.eval_episodes)]
-    for playing, seen, *_ in whole_games(net, envs, seed, watch):
-        for k in (k for k in playing if not seen.fresh[k]):
-            cell = divmod(int(seen.s[k, ..., 0].argmax()), args.maze_size)  # the red one
-            visits[cell] += 1
-            replans[cell] += seen.g[k].item()
+    for _, seen, *_ in whole_games(net, envs, seed, watch):
+        for s, g, fresh in zip(seen.s, seen.g.tolist(), seen.fresh.tolist(), strict=True):
+            cell = divmod(int(s[..., 0].argmax()), args.maze_size)  # the red one
+            visits[cell] += not fresh
+            replans[cell] += g and not fresh
     return np.stack([walls, visits, replans])
 
 

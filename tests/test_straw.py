@@ -556,11 +556,13 @@ def test_math_ablations_hold_in_training_and_in_evaluation(replan, lengths):
     net, args = policy("strawe", replan=replan, maze_size=11)
     envs = [straw.make_env(args) for _ in range(2)]
     played = islice(straw.rollouts(envs, [0, 1], net, 40), 5)
-    trained = torch.cat([rollout.seen.g for rollout, _ in played])
-    games = straw.whole_games(net, [Maze(11, 0.05) for _ in range(3)], 5)
-    tested = torch.stack([seen.g for _, seen, *_ in games])
-    for g in (trained, tested):
-        opened = [g[:, k].nonzero().flatten().tolist() for k in range(g.shape[1])]
+    trained = torch.cat([rollout.seen.g for rollout, _ in played]).T.tolist()
+    tested = [[] for _ in range(3)]
+    for playing, seen, *_ in straw.whole_games(net, [Maze(11, 0.05) for _ in tested], 5):
+        for k, g_t in zip(playing, seen.g.tolist(), strict=True):
+            tested[k].append(g_t)
+    for gates in (trained, tested):
+        opened = [[t for t, g_t in enumerate(g) if g_t] for g in gates]
         assert {j - i for places in opened for i, j in pairwise(places)} == lengths
 
 
@@ -705,9 +707,10 @@ def test_math_whole_games_end_one_by_one_and_go_on_from_step_to_step():
     assert [playing for playing, *_ in steps] == [[0, 1]] * 3 + [[0]] * 2 and len(watched) == 5
     for i, (playing, seen, out, ended) in enumerate(steps):
         assert (seen.fresh == (i == 0)).all()
-        for k in playing:
-            assert seen.s[k].item() == i and out.y[0, k, -1] == told_at(i)
-            assert seen.g[k] == (i == 0 or i >= 3)
+        assert len(seen.s) == len(seen.g) == out.y.shape[1] == len(playing)
+        for row in range(len(playing)):
+            assert seen.s[row].item() == i and out.y[0, row, -1] == told_at(i)
+            assert seen.g[row] == (i == 0 or i >= 3)
         over = {2: [(3, True)], 4: [(5, False)]}.get(i, [])
         assert [(info["episode"]["l"], info["solved"]) for info in ended] == over
 
@@ -1079,8 +1082,8 @@ def test_math_replans_are_counted_where_the_agent_stands():
     assert np.array_equal(walls, straw.carve(7, np.random.default_rng(3)))
     assert (visits[walls > 0] == 0).all()
     envs, steps = [Maze(7, args.maze_reward, walls > 0) for _ in range(args.eval_episodes)], []
-    for playing, seen, *_ in straw.whole_games(net, envs, 3):
-        steps += [seen.g[k].item() for k in playing]
+    for _, seen, *_ in straw.whole_games(net, envs, 3):
+        steps += seen.g.tolist()
     first = args.eval_episodes  # steps, which always plan
     assert visits.sum() == len(steps) - first > 20 and all(steps[:first])
     assert (replans <= visits).all() and replans.sum() == sum(steps) - first < visits.sum()
@@ -1401,7 +1404,7 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
     shared = straw.make_policy(args)
     optimizer = straw.SharedRMSProp(list(shared.parameters()), 0.99, 0.1)
     histogram = torch.zeros(straw.PERIODS, straw.LONGEST + 1).long()
-    T, told, rates, gates, walks = Locked(40), [], [], [], []
+    T, told, rates, gates, begun, walks = Locked(40), [], [], [], [], []
     rollouts, seeds = straw.rollouts, straw.independent_seeds(5, args.seed, 7, 40)
     game = {"episode": {"r": 3.5, "l": 12}, "optimal": 0.25}
 
@@ -1418,6 +1421,7 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
         assert net is played.net and net is not shared
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), shared.parameters()))
         gates.append(rollout.seen.g)
+        begun.append(rollout.seen.fresh)
         rates.append(learning_rate)
         assert T.value == 40 + sum(g.numel() for g in gates)
         with torch.no_grad():
@@ -1433,11 +1437,12 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
     assert rates == pytest.approx([0.5 * max(0, 1 - step / 1600) for step in steps[1:]])
     assert walks == [[2 + step // 50] * 3 for step in steps[:-1]]
     expected, opened, now = Counter(), {}, 0
-    for step, g in zip(steps[1:], gates):
-        for g_t in g:
+    for step, g, fresh in zip(steps[1:], gates, begun):
+        for g_t, begins in zip(g, fresh):
             for k in g_t.nonzero().flatten().tolist():
-                length = min(40, now - opened.get(k, now))
-                expected[min(49, int(50 * (step / 1600))), length] += 1
+                if not begins[k]:  # else the end of an episode has cut it
+                    length = min(40, now - opened[k])
+                    expected[min(49, int(50 * (step / 1600))), length] += 1
                 opened[k] = now
             now += 1
     found = {(i, n): histogram[i, n].item() for i, n in np.argwhere(histogram.numpy()).tolist()}

@@ -102,7 +102,10 @@ def measure_models(args: Args) -> list[tuple]:
 
 
 def measure_economy(args: Args) -> list[tuple]:
-    """Rows of the second table: seconds of evaluations of one checkpoint, looking always or not."""
+    """Rows of the second table: seconds of evaluations of one checkpoint, looking always or not.
+
+    All of them, with the making and playing of games, then those of the network alone.
+    """
     given = torch.load(args.checkpoint, map_location="cpu")
     names = {field.name for field in fields(straw.Args)}
     theirs = straw.Args(**{name: value for name, value in given["args"].items() if name in names})
@@ -111,16 +114,23 @@ def measure_economy(args: Args) -> list[tuple]:
         raise SystemExit(f"{args.checkpoint} is no agent that plans: nothing could be skipped.")
     net = straw.make_policy(theirs)
     net.load_state_dict(given["net"])
-    seconds, committed = {False: [], True: []}, 0.0
+    clock = [0.0]
+    net.register_forward_pre_hook(lambda *_: clock.append(clock.pop() - time.perf_counter()))
+    net.register_forward_hook(lambda *_: clock.append(clock.pop() + time.perf_counter()))
+    whole, inside, committed = {False: [], True: []}, {False: [], True: []}, 0.0
     for _ in tqdm(range(args.rounds), unit="round", disable=None):
-        for economic in seconds:
-            net.economic = economic
+        for economic in whole:
+            net.economic, clock[0] = economic, 0.0
             start = time.perf_counter()
             committed = straw.evaluate(net, theirs, given["T"])["eval/committed"]
-            seconds[economic].append(time.perf_counter() - start)
-    always, economic = median(seconds[False]), median(seconds[True])
-    saved = f"{100 * (1 - economic / always):.0f} %"
-    return [(f"{committed:.0f} %", f"{always:.2f}", f"{economic:.2f}", saved)]
+            whole[economic].append(time.perf_counter() - start)
+            inside[economic].append(clock[0])
+    rows = []
+    for what, seconds in (("the evaluation", whole), ("the network", inside)):
+        always, economic = median(seconds[False]), median(seconds[True])
+        saved = f"{100 * (1 - economic / always):.0f} %"
+        rows.append((what, f"{committed:.0f} %", f"{always:.2f}", f"{economic:.2f}", saved))
+    return rows
 
 
 def markdown(titles: tuple, rows: list[tuple]) -> str:
@@ -141,7 +151,7 @@ def main(args: Args) -> str:
     if args.tasks:
         sections.append((("task", "model", "steps/s", "times lstm"), measure_models))
     if args.checkpoint:
-        titles = ("committed", "seconds, looking always", "seconds, economic", "saved")
+        titles = ("of", "committed", "seconds, looking always", "seconds, economic", "saved")
         sections.append((titles, measure_economy))
     tables = "\n\n".join(markdown(titles, measured(args)) for titles, measured in sections[::-1])
     given = asdict(args) | {"tasks": " ".join(args.tasks)}
