@@ -105,7 +105,7 @@ class Args:
     eval_epsilon: float = 0.05  # exploration in evaluation
     capture_video: bool = False  # write the first game of an evaluation as a GIF
     seed: int = 1  # of every random number; workers race, so runs still differ
-    run_dir: str = ""  # for logs, films, checkpoint.pt; default runs/GAME-ALGORITHM__SCRIPT__...
+    run_dir: str = ""  # for logs, films, checkpoint.pt; default runs/GAME_ALGORITHM__SCRIPT__...
     resume: str = ""  # a checkpoint.pt to continue from, in its own folder
     evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
 
@@ -694,7 +694,7 @@ def run(args: Args) -> dict[str, float]:
 
     from torch.utils.tensorboard import SummaryWriter  # not above: workers import this file, too
 
-    run_dir = open_run_dir(args, f"{args.env_id}-{args.algorithm}", "async_nstep_q")
+    run_dir = open_run_dir(args, f"{args.env_id}_{args.algorithm}", "async_nstep_q")
     writer = SummaryWriter(run_dir)
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
     save = partial(save_checkpoint, run_dir / "checkpoint.pt", args=asdict(args), **shared)

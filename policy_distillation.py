@@ -139,7 +139,7 @@ class Args:
     capture_video: bool = False  # write a game of teacher (left) and student as a GIF
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     seed: int = 1  # of every random number
-    run_dir: str = ""  # for logs, films, replays, checkpoint.pt; default runs/GAMES-STAGE__...
+    run_dir: str = ""  # for logs, films, replays, checkpoint.pt; default runs/GAMES_STAGE__...
     resume: str = ""  # a checkpoint.pt to continue from, in its own folder
     evaluate: str = ""  # a checkpoint.pt to evaluate instead of training
 
@@ -1025,7 +1025,7 @@ def run_stage(
     from torch.utils.tensorboard import SummaryWriter  # not above: collectors import this, too
 
     games = args.env_ids[0] if len(args.env_ids) == 1 else f"{len(args.env_ids)}-games"
-    run_dir = open_run_dir(args, f"{games}-{args.stage}", "policy_distillation")
+    run_dir = open_run_dir(args, f"{games}_{args.stage}", "policy_distillation")
     writer, memory = SummaryWriter(run_dir), run_dir / "memory"
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does

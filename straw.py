@@ -1572,7 +1572,7 @@ def main(args: Args) -> dict[str, float]:
         path = Path(error.filename or "")
         if not error.filename or not args.evaluate or path.parent != Path(args.evaluate).parent:
             raise
-        raise SystemExit(f"{path} cannot be written ({error}): use another folder.") from None
+        raise SystemExit(f"{path} cannot be written ({error}): choose another folder.") from None
 
 
 if __name__ == "__main__":

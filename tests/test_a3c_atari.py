@@ -1,4 +1,4 @@
-"""a3c_atari.py against the public bugs of its paper's sheet.
+"""a3c_atari.py against the bugs that public ports of its paper have had.
 
 Caught here: gradients that pile up in shared .grad fields (ensure_shared_grads); RMSProp's epsilon
 outside the root; a mean where the paper sums; the same random numbers in every worker; an LSTM

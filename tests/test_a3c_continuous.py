@@ -1,4 +1,4 @@
-"""a3c_continuous.py against the public bugs of its paper's sheet and of continuous A3Cs.
+"""a3c_continuous.py against the bugs that public ports of its paper and continuous A3Cs have had.
 
 Caught here: a density or an entropy off by the dimension, a variance used as a deviation; actions
 clipped before their density is taken; one network whose gradient swamps the other's; a bootstrap

@@ -1,4 +1,4 @@
-"""a3c_maze.py against the public bugs of its paper's sheet and of its task.
+"""a3c_maze.py against the bugs that public ports of its paper have had, and those of its task.
 
 Caught here: a portal that hands out its reward twice, or sets the agent down in another maze; an
 apple that can be eaten twice or grows elsewhere; walls of another maze in the view; an LSTM state

@@ -1,4 +1,4 @@
-"""async_nstep_q.py against the public bugs of its paper's sheet.
+"""async_nstep_q.py against the bugs that public ports of its paper have had.
 
 Caught here: Sarsa's target uses an action that is never executed (another sample, or the greedy
 one); a gradient that reaches the target network; a target network that every worker refreshes, or
@@ -682,5 +682,5 @@ def test_command_line(algorithm, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "eval/episodic_return" in done.stdout
-    (checkpoint,) = tmp_path.glob(f"runs/Breakout*-{algorithm}__async_nstep_q__1__*/checkpoint.pt")
+    (checkpoint,) = tmp_path.glob(f"runs/Breakout*_{algorithm}__async_nstep_q__1__*/checkpoint.pt")
     assert torch.load(checkpoint)["T"] >= 300

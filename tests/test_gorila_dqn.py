@@ -1,4 +1,4 @@
-"""gorila_dqn.py against the public bugs of its paper's sheet.
+"""gorila_dqn.py against the bugs that public ports of its paper have had.
 
 Caught here: a version filter that also counts or applies what it drops; a target network copied
 from a worker instead of the server; learners that outrun the actors, or begin with an empty memory;

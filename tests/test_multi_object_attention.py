@@ -1,4 +1,4 @@
-"""multi_object_attention.py against the public bugs of its paper's sheet.
+"""multi_object_attention.py against the bugs that public ports of its paper have had.
 
 Caught here: a context that reaches the classifier; an upper LSTM that feeds the lower one; a sum
 in the place of what times where, and a G_loc that is dead from the start; labels after a mistake

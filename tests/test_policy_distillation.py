@@ -1,4 +1,4 @@
-"""policy_distillation.py against the public bugs of its paper's sheet.
+"""policy_distillation.py against the bugs that public ports of its paper have had.
 
 Caught here: 1e-5 added to probabilities, which floors a sharp target; log-probabilities as the
 target of KLDivLoss and a mean over actions; the temperature on the student, too; minibatches from
@@ -945,7 +945,7 @@ def test_command_line_a_student_matches_a_hand_made_teacher(tmp_path):
     metrics = ast.literal_eval(out.splitlines()[-1])
     assert metrics["eval/percent_of_teacher"] > 97 and metrics["eval/geometric_mean"] > 97
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert run_dir.name.startswith("toy_games-Side-v0-distill__policy_distillation__1__")
+    assert run_dir.name.startswith("toy_games-Side-v0_distill__policy_distillation__1__")
     files = {path.name for path in run_dir.iterdir()}
     assert {"checkpoint.pt", "metrics.csv", "policies.png", "memory"} <= files
     assert "eval/geometric_mean" in (run_dir / "metrics.csv").read_text()

@@ -1,4 +1,4 @@
-"""recurrent_visual_attention.py against the public bugs of its paper's sheet.
+"""recurrent_visual_attention.py against the bugs that public ports of its paper have had.
 
 Caught here: a location network without any gradient, or with that of the cross-entropy; a sample
 that is not detached; log-probabilities of the clipped sample, or of the last, unused location;

@@ -1,4 +1,4 @@
-"""straw.py against the public bugs of its paper's sheet.
+"""straw.py against the bugs that public ports of its paper have had.
 
 Caught here: a plan that is rolled the wrong way or around; mu = offset / stride; a grid centre that
 is not on the plan; probabilities where logits belong; a bias of the commitment that is not learned;
@@ -1702,7 +1702,7 @@ def test_bad_input_a_picture_that_cannot_be_written(tmp_path, monkeypatch):
     args = dataclasses.replace(args, evaluate=str(tmp_path / "checkpoint.pt"))
     (tmp_path / "commitments.png").unlink()
     (tmp_path / "commitments.png").mkdir()
-    with pytest.raises(SystemExit, match=r"commitments.png cannot be written.*use another folder"):
+    with pytest.raises(SystemExit, match=r"commitments.png cannot be written.*choose another folder"):
         straw.main(args)
     for error in (OSError("no memory"), FileNotFoundError(2, "no such file", "/lib/game.bin")):
         monkeypatch.setattr(straw, "evaluate_text", Mock(side_effect=error))
