@@ -345,13 +345,13 @@ for game in ("pong", "freeway"):
 
 
 def read(path: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one tag."""
+    """Steps and values of one tag, perhaps none."""
     with open(path, newline="") as file:
         rows = [
             (float(step), float(value)) for step, name, value in csv.reader(file) if name == tag
         ]
-    steps, values = zip(*rows)
-    return np.array(steps), np.array(values)
+    steps, values = np.array(rows).reshape(-1, 2).T
+    return steps, values
 
 
 def milliseconds(table: str, label: str) -> float:
@@ -372,8 +372,10 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def curve(path: Path, experiment: Experiment, x: Axis, label: str) -> tuple[np.ndarray, np.ndarray]:
-    """One run's points in the units of the figure."""
+    """One run's points in the units of the figure; its test error alone if it held out nothing."""
     steps, values = read(path, experiment.tag)
+    if len(steps) == 0:
+        steps, values = read(path, "eval/error")
     scale = milliseconds(x.table, label) if x.table else 1
     return steps * scale / x.unit, smooth(values, experiment.window)
 
@@ -396,7 +398,8 @@ def draw_panel(axis: plt.Axes, experiment: Experiment, x: Axis) -> None:
         points = points[shared]
         values = [np.interp(points, xs, ys) for xs, ys in curves]
         seeds = f"{len(curves)} seed" + "s" * (len(curves) > 1)
-        axis.plot(points, np.mean(values, 0), label=f"{label or 'ours'}, {seeds}")
+        mark = "o" if len(points) == 1 else "-"
+        axis.plot(points, np.mean(values, 0), mark, label=f"{label or 'ours'}, {seeds}")
         if len(curves) > 1:
             axis.fill_between(points, np.min(values, 0), np.max(values, 0), alpha=0.2)
     for label, path, tag in experiment.beside:

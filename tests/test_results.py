@@ -1,0 +1,158 @@
+"""results/: its numbers come from the runs it keeps, and its programs do what they say."""
+
+import csv
+import importlib
+import re
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_house_style import RESULTS, table
+
+FOLDER = Path(__file__).parent.parent / "results"
+sys.path.insert(0, str(FOLDER))
+keep, plot, scaling = (importlib.import_module(name) for name in ("keep", "plot", "scaling"))
+
+RETURN = "eval/episodic_return"
+KEPT = {  # rows of results/README.md: the runs that they are the mean of, their last number
+    "A3C, Pong": ("a3c_atari/pong/orthogonal-init__seed*.csv", RETURN),
+    "A3C, Breakout": ("a3c_atari/breakout/seed*.csv", RETURN),
+    "A3C, InvertedPendulum": ("a3c_continuous/inverted_pendulum/seed*.csv", RETURN),
+    "A3C, Pendulum": ("a3c_continuous/pendulum/seed*.csv", RETURN),
+    "A3C, Reacher": ("a3c_continuous/reacher/seed*.csv", RETURN),
+    "A3C, HalfCheetah": ("a3c_continuous/half_cheetah/seed*.csv", RETURN),
+    "PRONG, CIFAR-10": ("prong/cifar10/prong__seed*.csv", "eval/validation_error"),
+    "Bayes by Backprop, MNIST": ("bayes_by_backprop/mnist/mixture__seed*.csv", "eval/error"),
+    "Bayes by Backprop, mushrooms": ("bayes_by_backprop/bandit/bbb-50000__*", "charts/regret"),
+    "Spatial transformers, turned digits, FCN": (
+        "spatial_transformer_mnist/R_fcn/affine__seed*.csv",
+        "eval/error",
+    ),
+    "Spatial transformers, turned, scaled and moved digits, FCN": (
+        "spatial_transformer_mnist/RTS_fcn/affine__seed*.csv",
+        "eval/error",
+    ),
+    "Spatial transformers, turned digits, CNN": (
+        "spatial_transformer_mnist/R_cnn/affine__seed*.csv",
+        "eval/error",
+    ),
+    "Spatial transformers, the sum of two digits": (
+        "spatial_transformer_mnist/addition_fcn/affine-2__seed*.csv",
+        "eval/error",
+    ),
+    "Cyclic symmetry, turned digits, pool": (
+        "cyclic_rotation_cnn/rotated-mnist/pool__seed*.csv",
+        "eval/error",
+    ),
+    "Cyclic symmetry, turned digits, roll-all": (
+        "cyclic_rotation_cnn/rotated-mnist/roll-all__seed*.csv",
+        "eval/error",
+    ),
+    "Cyclic symmetry, plankton at 47x47, pool": (
+        "cyclic_rotation_cnn/plankton/pool__seed*.csv",
+        "eval/loss",
+    ),
+    "RAM, 28x28, six glimpses": ("recurrent_visual_attention/mnist/seed*.csv", "eval/error"),
+    "RAM, translated 60x60, eight glimpses": (
+        "recurrent_visual_attention/translated/seed*.csv",
+        "eval/error",
+    ),
+    "RAM, cluttered 60x60, eight glimpses": (
+        "recurrent_visual_attention/cluttered/ram__seed*.csv",
+        "eval/error",
+    ),
+    "RAM, cluttered 100x100, eight glimpses": (
+        "recurrent_visual_attention/cluttered100/seed*.csv",
+        "eval/error",
+    ),
+    "RAM, Catch": ("recurrent_visual_attention/catch/seed*.csv", "eval/caught"),
+    "DRAM, pairs": ("multi_object_attention/pairs/dram__seed*.csv", "eval/error"),
+    "DRAM, sums": ("multi_object_attention/addition/dram__seed*.csv", "eval/error"),
+}
+OTHERWISE = {  # read off curves, or from an evaluation of its own
+    "A3C, mazes",
+    "PRONG, autoencoder",
+    "PRONG, condition of the Fisher matrix",
+    "Bayes by Backprop, regression",
+}
+ROWS = {row["experiment"]: row for row in table(RESULTS)}
+
+
+def test_every_row_has_its_runs():
+    assert ROWS.keys() == KEPT.keys() | OTHERWISE
+
+
+@pytest.mark.parametrize("experiment", KEPT)
+def test_a_number_is_the_mean_of_the_kept_runs(experiment):
+    pattern, tag = KEPT[experiment]
+    paths = sorted(FOLDER.glob(pattern))
+    assert len(paths) == len(re.match(r"\d(?:, \d)*", ROWS[experiment]["seeds"])[0].split(", "))
+    told = re.search(r"-?[\d,]*\d(?:\.\d+)?", ROWS[experiment]["ours"])[0].replace(",", "")
+    found = np.mean([plot.read(path, tag)[1][-1] for path in paths])
+    unit = 10.0 ** Decimal(told).as_tuple().exponent
+    assert float(told) == pytest.approx(found, abs=0.6 * unit)  # four digits are kept of each
+
+
+def test_the_mazes_number_is_that_of_its_evaluation():
+    with open(FOLDER / "a3c_maze" / "apples" / "evaluation.csv", newline="") as file:
+        values = [r["value"] for r in csv.DictReader(file) if r["tag"] == RETURN]
+    assert values[0] == ROWS["A3C, mazes"]["ours"]
+
+
+def test_every_experiments_folder_has_a_curve():
+    folders = {path.parent for path in FOLDER.glob("*/*/*seed*.csv")}
+    drawn = {FOLDER / experiment.folder for experiment in plot.EXPERIMENTS}
+    assert folders - drawn == {FOLDER / "bayes_by_backprop" / "regression"}  # it draws its own
+    for folder in folders & drawn:
+        assert (folder / "curve.png").exists()
+
+
+def test_keep_thins_a_run(tmp_path):
+    rows = [(step, tag, step / 3) for step in range(10) for tag in ("test/error", "losses/loss")]
+    with open(tmp_path / "metrics.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    for tags, kept in (((), ["losses/loss", "test/error"]), (("test/",), ["test/error"])):
+        target = keep.main(keep.Args(tmp_path, tmp_path / "kept" / "seed1.csv", tags, points=4))
+        with open(target, newline="") as file:
+            found = list(csv.reader(file))
+        assert sorted({tag for _, tag, _ in found}) == kept
+        for tag in kept:
+            steps = [int(step) for step, name, _ in found if name == tag]
+            assert steps == [0, 3, 6, 9]
+        assert ["3", "test/error", "1"] in found and ["9", "test/error", "3"] in found
+    steps, values = plot.read(target, "test/error")
+    assert steps.tolist() == [0, 3, 6, 9] and values.tolist() == [0, 1, 2, 3]
+    assert [len(part) for part in plot.read(target, "validation/error")] == [0, 0]
+
+
+def arrivals(steps: dict[str, dict[int, list]]) -> list[dict[str, str]]:
+    """Rows of results/scaling/ in which a step takes a thousandth of a minute."""
+    return [
+        {"method": method, "workers": str(w), "steps": str(n), "minutes": str(n and n / 1000)}
+        | {"updates": ""}
+        for method, of_workers in steps.items()
+        for w, runs in of_workers.items()
+        for n in runs
+    ]
+
+
+def test_scaling_judges_the_papers_claims():
+    fast, slow = {1: [900, 1000, 5000], 2: [400, 500, ""]}, {1: [2000] * 3, 2: [3000] * 3}
+    steps = {method: fast for method in scaling.METHODS}
+    for changed, verdicts in (
+        ({}, ["reached", "reached", "not reached"]),  # A3C is as fast as the others
+        ({"A3C": {1: [900], 2: [100]}}, ["reached"] * 3),
+        ({"one-step Sarsa": slow}, ["reached", "not reached", "not reached"]),
+        ({"n-step Q": {1: [7], 2: ["", "", 7]}}, ["not reached", "reached", "not reached"]),
+    ):
+        said = scaling.claims(arrivals(steps | changed), (1, 2))
+        assert [line.rpartition(": ")[2] for line in said.splitlines()] == verdicts
+    shown = scaling.table(arrivals(steps), (1, 2), scaling.METHODS)
+    assert "| A3C | steps to the reference | 1,000 | 500 |" in shown
+    assert "| A3C | minutes to the reference | 1.00 | 0.50 |" in shown
+    assert shown.count("| | times fewer than with 1 | 1.0 | 2.0 |") == 8
+    assert "| | times fewer minutes, paper | 1 | 2.1 |" in shown
+    lost = scaling.table(arrivals({"A3C": {1: ["", 5, ""], 2: [4]}}), (1, 2), {"A3C": []})
+    assert "| A3C | steps to the reference | not reached | 4 |" in lost
