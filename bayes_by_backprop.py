@@ -532,11 +532,11 @@ def check_experiment(args: Args) -> None:
     if args.task != "mnist" and args.method != "bbb":
         raise SystemExit("--method is for --task mnist; the bandit has --agent.")
     if args.task != "bandit" and args.agent != "bbb":
-        raise SystemExit("--agent is for --task bandit.")
+        raise SystemExit("--agent is for --task bandit: leave it out.")
     if args.task != "mnist" and args.dataset != "mnist":
         raise SystemExit("--dataset is for --task mnist; the bandit has --bandit-data.")
     if args.optimizer == "adam" and args.sgd_momentum:
-        raise SystemExit("--sgd-momentum is for --optimizer sgd.")
+        raise SystemExit("--sgd-momentum is for --optimizer sgd: leave it out.")
     if args.task == "bandit" and args.device == "cuda":
         raise SystemExit("--task bandit runs on one core: leave --device out.")
     mnist, bandit = args.task == "mnist", args.task == "bandit"

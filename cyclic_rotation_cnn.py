@@ -75,7 +75,6 @@ How = Literal["mean", "max", "rms"]
 @dataclass
 class Args:
     # The method
-    dataset: Dataset = "rotated-mnist"  # digits: scikit-learn's, turned, need no download
     variant: Variant = "pool"  # of the network; baseline and half have no cyclic layers
     pool: How = "mean"  # how the four paths become one, before the output layer
     turned: Literal["filters", "maps"] = "filters"  # in rolls between convolutions (paper: maps)
@@ -87,6 +86,7 @@ class Args:
     weight_decay: float = 1e-4  # on plankton alone
     bfloat16: bool = False  # the network computes in 16 bits: half the time
     # The run
+    dataset: Dataset = "rotated-mnist"  # digits: scikit-learn's, turned, need no download
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
     eval_every: int = 5  # epochs between two evaluations; at the end always
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
@@ -785,7 +785,7 @@ def check_variant(args: Args) -> None:
             f"not {args.image_size}."
         )
     if args.image_size and args.dataset in ("rotated-mnist", "digits"):
-        raise SystemExit("--image-size is for plankton, galaxies and buildings.")
+        raise SystemExit("--image-size is for plankton, galaxies and buildings: leave it out.")
     if args.pool != Args.pool and not sliced(args):
         raise SystemExit(f"--pool has no effect with --variant {args.variant}: leave it out.")
     if args.turned != Args.turned and args.variant not in ("roll-all", "roll-half"):

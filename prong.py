@@ -711,7 +711,7 @@ def check_method(args: Args) -> None:
     if args.task == "fisher" and normalises:
         raise SystemExit("--task fisher compares sgd, rmsprop and prong, as the paper does.")
     if args.task == "cifar10" and args.dataset != "mnist":
-        raise SystemExit("--dataset is for autoencoder and fisher.")
+        raise SystemExit("--dataset is for autoencoder and fisher: leave it out.")
     if whitens and args.epsilon == 0:
         raise SystemExit(f"--epsilon must be above 0, not {args.epsilon}.")
     if whitens and args.whitening_samples < 2:

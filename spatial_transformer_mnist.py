@@ -727,7 +727,7 @@ def check_transformers(args: Args) -> None:
     if args.transform == "none" and getattr(args, rate) != getattr(Args, rate):
         raise SystemExit("--localisation-learning-rate has no effect with --transform none.")
     if args.optimizer == "adam" and args.sgd_momentum:
-        raise SystemExit("--sgd-momentum is for --optimizer sgd.")
+        raise SystemExit("--sgd-momentum is for --optimizer sgd: leave it out.")
     if args.run_dir and not args.evaluate and os.path.exists(Path(args.run_dir, "checkpoint.pt")):
         open_run_dir(args, "", "")  # refuses it before anything is loaded
 
