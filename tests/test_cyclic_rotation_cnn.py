@@ -764,12 +764,16 @@ def test_math_weights_begin_as_he_et_al_advise_and_the_digits_network_is_ours():
 
 
 def test_math_reports_are_means_and_evaluations_come_when_due(run, monkeypatch):
-    losses, evaluated, evaluate = iter(torch.arange(1.0, 100.0)), [], cyclic.evaluate
-    monkeypatch.setattr(cyclic, "evaluate", lambda *a: evaluated.append(1) or evaluate(*a))
-    update = Seen.update
-    monkeypatch.setattr(Seen, "update", lambda *how: update(*how) + next(losses))
+    losses, evaluated, evaluate, update = [], [], cyclic.evaluate, Seen.update
+
+    def counting(*how):
+        losses.append(len(losses) + 1.0)
+        return update(*how) + losses[-1]
+
+    monkeypatch.setattr(Seen, "update", counting)
+    monkeypatch.setattr(cyclic, "evaluate", lambda *a: evaluated.append(losses[-1]) or evaluate(*a))
     seen = run("digits", N=16, epochs=5, eval_every=2, batch_size=8)
-    assert len(evaluated) == 3  # after 2, 4 and 5 epochs
+    assert evaluated == [4, 8, 10]  # updates: after 2, 4 and 5 epochs
     assert len(seen.steps) == 10 and seen.metrics["losses/loss"] == (9 + 10) / 2
 
 
