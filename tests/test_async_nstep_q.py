@@ -126,6 +126,7 @@ def test_math_update_follows_the_gradient_of_the_summed_loss(algorithm):
     watched = async_nstep_q.update(net, target_net, optimizer, segment, 0.1, args)
     assert watched["losses/gradient_norm"] == pytest.approx(norm, rel=1e-4)
     assert watched["losses/td_loss"] == pytest.approx(loss.item() / 15, rel=1e-4)
+    assert watched["charts/learning_rate"] == 0.1 != args.learning_rate
     for p, b, g in zip(net.parameters(), before, gradients):
         torch.testing.assert_close(p.detach(), b - 0.1 * 2 * g / 4, rtol=1e-3, atol=1e-5)
 
@@ -355,14 +356,23 @@ def test_math_games_differ_from_each_other_and_from_one_episode_to_the_next():
 
 
 def test_math_evaluation_plays_whole_games_that_differ(monkeypatch):
-    made, seeds, rates = [], [], []
+    made, seeds, rates, scores, screens, film = [], [], [], [], [], []
     make_env, epsilon_greedy = async_nstep_q.make_env, async_nstep_q.epsilon_greedy
 
     def noting_make_env(env_id, training=True):
         made.append(training)
-        env = make_env(env_id, training)
-        reset = env.reset
+        env, shown = make_env(env_id, training), []
+        reset, step = env.reset, env.step
+
+        def noting_step(a):
+            s_t, *outcome, info = step(a)
+            shown.append(s_t[..., -1])
+            scores.extend([info["episode"]["r"]] if "episode" in info else [])
+            return s_t, *outcome, info
+
         env.reset = lambda seed: (seeds.append(seed), reset(seed=seed))[1]
+        env.step = noting_step
+        screens.append(shown)
         return env
 
     def noting_epsilon(q, epsilon, generator):
@@ -371,9 +381,14 @@ def test_math_evaluation_plays_whole_games_that_differ(monkeypatch):
 
     monkeypatch.setattr(async_nstep_q, "make_env", noting_make_env)
     monkeypatch.setattr(async_nstep_q, "epsilon_greedy", noting_epsilon)
+    monkeypatch.setattr(async_nstep_q, "write_gif", lambda pictures, *_: film.extend(pictures))
     args = dataclasses.replace(Args(**TOY), eval_episodes=20)
-    async_nstep_q.evaluate(QNetwork(2, "small"), args)
+    torch.manual_seed(0)
+    metrics = async_nstep_q.evaluate(QNetwork(2, "small"), args, Path("game.gif"))
     assert made == [False] * 20 and len(set(seeds)) == 20 and rates == [0.05] * 10
+    assert metrics["eval/episodic_return"] == pytest.approx(np.mean(scores)) and len(scores) == 20
+    assert metrics["eval/episodic_return_std"] == pytest.approx(np.std(scores)) != np.var(scores)
+    assert np.array_equal(np.stack(film), screens[0])  # of the first game alone
 
 
 # ---- Processes ----------------------------------------------------------------------------------
@@ -481,7 +496,9 @@ def test_math_worker_follows_algorithms_1_and_s1(algorithm, monkeypatch):
     assert "losses/gradient_norm" in told  # not finite: reported at once
     first, *ends = [step for tag, _, step in reports if tag == "charts/final_epsilon_6"]
     assert first == 40 and reports[0][:2] == ("charts/final_epsilon_6", pytest.approx(0.7))
-    assert len(ends) == len([1 for tag, *_ in reports if tag == "charts/episodic_return"])
+    returns = [value for tag, value, _ in reports if tag == "charts/episodic_return"]
+    rewards = torch.cat([segment.r_t for segment in played]).unflatten(0, (-1, 10))
+    assert returns == rewards.sum(1).flatten().tolist() and len(ends) == len(returns)
     assert len(ends) == 3 * ((steps[-1] - 40) // 30)
     assert (final_epsilons[:6] == 0.7).all() and (final_epsilons[7] == 0.7).all()
     assert set(final_epsilons[6].tolist()) <= set(torch.tensor([0.1, 0.01, 0.5]).tolist())
@@ -520,8 +537,9 @@ def test_math_the_workers_start_with_one_network_and_many_exploration_rates(tmp_
         assert (t == 7).all()
     assert (saved["final_epsilons"] == 7).all()
     on = dataclasses.replace(args, run_dir="", resume=str(tmp_path / "checkpoint.pt"))
-    _, (_, first_step, *_), *_ = async_nstep_q.main(on)
+    _, (_, first_step, *_), *_, seconds, _, _ = async_nstep_q.main(on)
     assert first_step == 5  # so that the workers draw other numbers than before
+    assert seconds == 1
 
 
 def test_math_every_worker_draws_its_own_random_numbers(monkeypatch):
@@ -572,6 +590,17 @@ def test_math_the_learning_rate_ends_at_0_and_never_below(monkeypatch):
 
     work_here(monkeypatch, async_nstep_q, 0, arguments, update)
     assert rates == [0.125, 0]  # 15 steps a segment
+
+
+def test_math_every_hundredth_update_is_reported(monkeypatch):
+    args = Args(**TOY, t_max=1, total_timesteps=250)
+    net, told = QNetwork(2, "small"), []
+    log = SimpleNamespace(put=told.append)
+    arguments = (args, 0, net, net, None, torch.zeros(1, 1), Locked(0), log)
+    watched = {"losses/gradient_norm": 1.0, "losses/td_loss": 2.0}
+    work_here(monkeypatch, async_nstep_q, 0, arguments, lambda *_: watched)
+    reported = [(tag, value, step) for tag, value, step in told if tag in watched]
+    assert reported == [(tag, value, step) for step in (100, 200) for tag, value in watched.items()]
 
 
 @pytest.mark.parametrize(

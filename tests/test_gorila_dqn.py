@@ -666,7 +666,9 @@ def test_bad_input_a_game_that_only_the_main_process_has_is_an_error_of_the_acto
 def test_math_bundle_shares_one_network_and_keeps_the_ratio(tmp_path):
     args = Args(env_id="toy_games:Side-v0", **SMALL | {"batch_size": 2, "steps_per_update": 20})
     server = start_server(gorila_dqn.flat(DeepQNetwork(2).parameters()), args, tmp_path)
-    bundle = Bundle(0, 2, args, server)
+    bundle, other = (Bundle(rank, 2, args, server) for rank in range(2))
+    drawn, drawn_by_other = (b.actor.replay.generator.random() for b in (bundle, other))
+    assert drawn != drawn_by_other
     assert bundle.actor.net is bundle.learner.net is not bundle.learner.target_net
     assert bundle.actor.replay is bundle.learner.replay
     rounds = [bundle.work() for _ in range(2)]
@@ -682,7 +684,7 @@ def test_math_bundle_shares_one_network_and_keeps_the_ratio(tmp_path):
 
 
 def test_math_evaluation_means_whole_games_that_differ(monkeypatch):
-    made, seeds, rates, scores = [], [], [], []
+    made, seeds, rates, scores, films = [], [], [], [], []
     make_env, epsilon_greedy = gorila_dqn.make_env, gorila_dqn.epsilon_greedy
 
     def noting_make_env(env_id, training=True):
@@ -695,8 +697,13 @@ def test_math_evaluation_means_whole_games_that_differ(monkeypatch):
             scores.extend([info["episode"]["r"]] if "episode" in info else [])
             return *outcome, info
 
-        env.reset = lambda seed: (seeds.append(seed), reset(seed=seed))[1]
-        env.step = noting_step
+        def noting_reset(seed):
+            seeds.append(seed)
+            outcome = reset(seed=seed)
+            env.unwrapped.t = len(seeds)  # nine steps are left of the first game, four of the last
+            return outcome
+
+        env.reset, env.step = noting_reset, noting_step
         return env
 
     def noting_epsilon(q, epsilon, generator):
@@ -705,11 +712,13 @@ def test_math_evaluation_means_whole_games_that_differ(monkeypatch):
 
     monkeypatch.setattr(gorila_dqn, "make_env", noting_make_env)
     monkeypatch.setattr(gorila_dqn, "epsilon_greedy", noting_epsilon)
+    monkeypatch.setattr(gorila_dqn, "write_gif", lambda pictures, *_: films.append(len(pictures)))
     args = Args(**TOY | {"eval_episodes": 6}, eval_epsilon=0.25)
-    metrics = gorila_dqn.evaluate(DeepQNetwork(2), args)
+    metrics = gorila_dqn.evaluate(DeepQNetwork(2), args, Path("game.gif"))
     assert made == [False] * 6 and len(set(seeds)) == 6 and set(rates) == {0.25}
     assert metrics["eval/episodic_return"] == pytest.approx(np.mean(scores))
     assert metrics["eval/episodic_return_std"] == pytest.approx(np.std(scores)) != 0
+    assert metrics["eval/episodic_length"] == 6.5 and films == [9]
 
 
 def test_math_atari_is_played_as_by_dqn():
@@ -808,7 +817,13 @@ def test_learns_on_from_where_it_stopped(replay, no_ray, tmp_path):
 
 def test_learns_and_reports_what_its_flags_say(no_ray, tmp_path, monkeypatch):
     learn = torch.enable_grad()(Learner.learn)  # here it is called within evaluations
-    monkeypatch.setattr(Learner, "learn", learn)
+
+    def noting_learn(learner):
+        learned = learn(learner)
+        learner.log.append(("version", learner.versions[0]))
+        return learned
+
+    monkeypatch.setattr(Learner, "learn", noting_learn)
     args = toy_run(tmp_path, adagrad_start=0.5, eval_every=100, epsilon_updates=1000)
     metrics = gorila_dqn.main(args)
     saved = torch.load(tmp_path / "checkpoint.pt")
@@ -819,19 +834,48 @@ def test_learns_and_reports_what_its_flags_say(no_ray, tmp_path, monkeypatch):
     assert metrics["charts/epsilon"] == pytest.approx(epsilon) and epsilon < 0.99
     rows = (tmp_path / "metrics.csv").read_text()
     assert rows.count("eval/episodic_return,") == 2  # at the first report and at the end
+    assert metrics["version"] > metrics["charts/updates"] / 2  # a mean since the first report
+    rows = [line.split(",") for line in rows.splitlines()]
+    rates, minutes = (
+        [float(value) for _, tag, value in rows if tag == f"charts/{name}"]
+        for name in ("UPS", "minutes")
+    )
+    updates = 60 * np.dot(rates, np.diff(minutes, prepend=0))
+    assert updates == pytest.approx(metrics["charts/updates"])
 
 
 def test_learns_from_all_rounds_that_are_ready(no_ray, tmp_path, monkeypatch):
     silent = SimpleNamespace(heed=lambda: None)
     monkeypatch.setattr(gorila_dqn, "Interrupt", lambda: silent)
     net = DeepQNetwork(2)
-    start = {"counts": {"steps": 0}, "versions": [7, 5], "seconds": 0.0}
+    counts = {"steps": 0, "stale": 3, "lost_updates": 2}
+    start = {"counts": counts, "versions": [7, 5], "seconds": 0.0}
     start["G"] = torch.ones(sum(p.numel() for p in net.parameters()))
     gorila = gorila_dqn.Gorila(net, start, toy_run(tmp_path, num_shards=2), tmp_path)
     learned = (2 * 40 - 40) // 4  # in the first rounds of both, made at once
     assert [shard.component.version for shard in gorila.shards] == [5 + learned] * 2
     gorila.attend(0)
     assert gorila.counts["steps"] == 2 * 40 and len(gorila.rounds) == 2
+    gorila.shards[1].component.lost = 4
+    gorila.inspect()
+    assert (gorila.counts["stale"], gorila.counts["lost_updates"]) == (3, 2 + 4)
+
+
+def test_learns_until_ctrl_c_and_keeps_the_time_it_took(no_ray, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gorila_dqn.Gorila, "attend", interrupted)
+    with pytest.raises(SystemExit, match=r"^Stopped; go on with the same flags and --resume"):
+        gorila_dqn.main(toy_run(tmp_path))
+    assert torch.load(tmp_path / "checkpoint.pt")["seconds"] > 0
+
+
+def test_math_our_own_ray_gets_the_memory_of_its_flag(monkeypatch):
+    settings = {}
+    monkeypatch.setattr(gorila_dqn.ray, "init", lambda **given: settings.update(given))
+    gorila_dqn.connect(Args(object_store_mb=75))
+    assert settings["object_store_memory"] == 75 * 2**20
 
 
 def test_learns_nothing_more_once_parameters_are_infinite(no_ray, tmp_path, monkeypatch):
@@ -848,9 +892,12 @@ def test_learns_nothing_more_once_parameters_are_infinite(no_ray, tmp_path, monk
 
 
 def test_learns_nothing_from_silence_and_says_so(no_ray, tmp_path):
+    timeouts = set()
+    no_ray.get = lambda answers, timeout: (timeouts.add(timeout), look(answers))[1]
     no_ray.wait = lambda answers, timeout, num_returns=1: (time.sleep(0.01), ([], answers))[1]
     with pytest.raises(SystemExit, match=r"not answered for 0.05 seconds.*no report of bundle 0"):
         gorila_dqn.main(toy_run(tmp_path, patience=0.05))
+    assert timeouts == {0.05}
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
@@ -920,6 +967,7 @@ def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
         ({"final_epsilon": 1.5}, "--final-epsilon must lie between 0 and 1"),
         ({"num_actors": 3}, "must be equal, not 3 and 2"),
         ({"replay_capacity": 1000}, "--replay-capacity must be at least 50,000"),
+        ({"replay_capacity": 99, "learning_starts": 100}, "--replay-capacity must be at least 400"),
         ({"replay_capacity": 10**9}, r"up to 7067.00 GB; this machine has .* GB: lower --replay"),
         ({"ray_address": "127.0.0.1:9"}, "Ray cannot be used at 127.0.0.1:9.*ray start --head"),
         ({"ray_address": "127.0.0.1:x"}, "Ray cannot be used at 127.0.0.1:x"),

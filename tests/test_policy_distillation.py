@@ -329,8 +329,9 @@ def test_math_dqn_learner_stores_what_happened_and_learns_from_the_successor(tmp
     args = tiny_dqn(tmp_path, env_ids=("toy_games:TruncatedClock-v0", "toy_games:Clock-v0"))
     net = policy_distillation.make_net(args, [2, 2])
     learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
-    learner.learn(20)  # ten steps of each game, none to learn from yet
+    metrics = learner.learn(20)  # ten steps of each game, none to learn from yet
     for g in (0, 1):
+        assert metrics[f"charts/episodic_return/{args.env_ids[g]}"] == 28  # not clipped
         memory = learner.memories[g]
         screens = [memory.screens[0, t, 0, 0].item() for t in range(10)]
         assert screens == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
@@ -372,13 +373,17 @@ def test_math_dqns_stacks_stay_within_an_episode_and_rewards_within_1(tmp_path, 
     assert stacks == [[max(0, n % 7 - back) for back in (3, 2, 1, 0)] for n in range(20)]
 
 
-def test_math_each_of_dqns_games_begins_anew(tmp_path):
+def test_math_each_of_dqns_games_begins_anew_and_is_none_of_the_evaluations(tmp_path, monkeypatch):
+    begun, begin = [], Game.begin
+    monkeypatch.setattr(Game, "begin", lambda game, seed: (begun.append(seed), begin(game, seed)))
     args = tiny_dqn(tmp_path, learning_starts=1000)
     net = policy_distillation.make_net(args, [2])
     learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
     learner.learn(50)
     sides = learner.memories[0].screens[0, :50, 30, 0].view(5, 10)
     assert len({tuple(game) for game in sides.tolist()}) == 5
+    policy_distillation.evaluate(net, SIDE, args)
+    assert len(begun) == len(set(begun)) == 6 + args.eval_episodes
 
 
 def test_gradient_dqn_reaches_its_network_and_not_the_target(tmp_path):
@@ -497,6 +502,9 @@ def test_math_a_dqn_stops_at_its_last_step_and_is_evaluated_when_due(
         learner.steps += steps
         return {}
 
+    clock = iter(range(0, 12, 2))
+    perf_counter = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(policy_distillation, "time", perf_counter)
     monkeypatch.setattr(policy_distillation.DeepQLearner, "learn", learn)
     args = tiny_dqn(tmp_path, total_timesteps=250, report_every=100, eval_every=eval_every)
     net = policy_distillation.make_net(args, [2])
@@ -505,6 +513,7 @@ def test_math_a_dqn_stops_at_its_last_step_and_is_evaluated_when_due(
         (step, step) for step in (100, 200, 250)
     ]
     assert [step for step, due, *_ in reports if due] == evaluated
+    assert [metrics["charts/SPS"] for *_, metrics, _ in reports] == [50, 50, 25]
 
 
 # ---- Games and replay ---------------------------------------------------------------------------
@@ -526,7 +535,7 @@ def test_math_a_game_comes_back_from_its_seed_and_actions(env_id, training, step
     assert again.state == game.state
 
 
-def test_math_atari_is_played_in_steps_of_four_frames_and_told_in_frames():
+def test_math_atari_is_played_in_steps_of_four_frames_and_told_in_frames(monkeypatch):
     game = Game("PongNoFrameskip-v4", False, 3)
     ale = game.env.unwrapped.ale
     frames = ale.getEpisodeFrameNumber()
@@ -535,6 +544,11 @@ def test_math_atari_is_played_in_steps_of_four_frames_and_told_in_frames():
     layers = [layer := game.env] + [layer := layer.env for _ in range(8) if hasattr(layer, "env")]
     kinds = [type(layer).__name__ for layer in layers]
     assert kinds.index("AtariPreprocessing") < kinds.index("RecordEpisodeStatistics")
+    monkeypatch.setattr(policy_distillation, "MAX_FRAMES", 400)
+    game, info = Game("PongNoFrameskip-v4", False, 3), {}
+    while "episode" not in info:
+        _, terminated, truncated, info = game.step(0)
+    assert truncated and not terminated and info["episode"]["l"] == 400
 
 
 def test_math_a_lost_life_is_followed_by_an_episode_of_the_same_game():
@@ -848,16 +862,23 @@ def test_math_pictures_show_the_policies_of_teacher_and_student(loss, tmp_path, 
     memories = [ScreenMemory(tmp_path / f"{g}", 1, 5, 0, len(q[g])) for g in (0, 1)]
     for memory, values in zip(memories, q):
         memory.values[:, :4] = values
-    bars, bar = [], Axes.bar
+        memory.screens[:, :4] = torch.arange(4)[:, None, None]
+    bars, bar, screens = [], Axes.bar, []
 
     def note(axes, x, heights, *size, label):
         bars.append((label, heights.tolist()))
         return bar(axes, x, heights, *size, label=label)
 
+    def sample(memory, size, end):
+        return torch.zeros(size).long(), torch.arange(end - size, end)
+
+    monkeypatch.setattr(ScreenMemory, "sample", sample)
     monkeypatch.setattr(Axes, "bar", note)
+    monkeypatch.setattr(Axes, "imshow", lambda axes, screen, cmap: screens.append(screen.mean()))
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
     student = lambda s, game=0: S[game].expand(len(s), -1)  # noqa: E731
     policy_distillation.draw_policies(student, memories, args, 4, tmp_path / "policies.png")
+    assert screens == [1, 2, 3] * 2
     scale = 2 if loss == "mse" else 1
     for g, shown in enumerate((bars[:6], bars[6:])):
         assert [who for who, _ in shown] == ["teacher", "student"] * 3
@@ -894,6 +915,7 @@ def test_math_a_rounds_updates_are_minibatches_of_games_drawn_at_random(tmp_path
     torch.manual_seed(0)
     args = tiny(tmp_path, env_ids=(SIDE, THIRD), batch_size=5, round_updates=400)
     memories = policy_distillation.student_memories(args, tmp_path / "memory", [2, 3])
+    memories[1].values[..., 1] = 1  # the second teacher takes the second action, no student does
     drawn, asked, updates = [], [], []
 
     def sample(memory, size, end):
@@ -906,7 +928,8 @@ def test_math_a_rounds_updates_are_minibatches_of_games_drawn_at_random(tmp_path
 
     monkeypatch.setattr(ScreenMemory, "sample", sample)
     monkeypatch.setattr(policy_distillation, "update", lambda *step: updates.append(step))
-    policy_distillation.learn_from_memories(student, None, memories, args, 7)
+    metrics = policy_distillation.learn_from_memories(student, None, memories, args, 7)
+    assert [metrics[f"charts/agreement/{env_id}"] for env_id in (SIDE, THIRD)] == [1, 0]
     games = [game for game, *_ in drawn]
     assert asked == drawn == [(game, 5, 7) for game in games] and len(updates) == 400
     assert np.mean(games) == pytest.approx(0.5, abs=0.1)
@@ -1139,6 +1162,25 @@ def test_learns_on_with_the_minutes_it_had_after_sigterm(tmp_path, monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize(
+    ("rounds", "way"),
+    [(1, "evaluate with --evaluate"), (2, "go on with the same flags and --resume")],
+)
+def test_bad_input_ctrl_c_in_an_evaluation_tells_whether_training_is_over(
+    rounds, way, tmp_path, monkeypatch
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    without_collectors(monkeypatch)
+    monkeypatch.setattr(policy_distillation, "learn_from_memories", lambda *_: {})
+    monkeypatch.setattr(policy_distillation, "evaluate_games", interrupted)
+    teacher = teacher_file(tmp_path / "a.pt", SIDE, 2)
+    args = tiny(tmp_path, teachers=(teacher,), eval_every=1, total_rounds=rounds)
+    with pytest.raises(SystemExit, match=rf"^Stopped; {way} .*checkpoint\.pt$"):
+        policy_distillation.main(args)
+
+
 def test_learns_from_the_networks_of_its_seed(tmp_path, monkeypatch):
     """A student, and the DQN beside which it learns."""
     begun = []
@@ -1246,6 +1288,18 @@ def test_learns_online_from_the_best_so_far(tmp_path, monkeypatch):
     assert again.high_score == 1
 
 
+def test_math_an_equal_score_does_not_replace_an_online_teacher(monkeypatch):
+    net, teacher = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    learner = SimpleNamespace(net=net, high_score=-math.inf, learn=lambda steps: {})
+    scores = iter([-21.0, -21.0, -20.0, -20.0])
+    evaluate = lambda *_: {"episodic_return": next(scores)}  # noqa: E731
+    monkeypatch.setattr(policy_distillation, "evaluate", evaluate)
+    for n, best in enumerate((0, 0, 2, 2)):
+        torch.nn.init.constant_(net.weight, n)
+        policy_distillation.renew_teacher(learner, teacher, Args())
+        assert teacher.weight.item() == best
+
+
 def test_learns_multi_dqn_beside_the_teachers_of_its_games(tmp_path):
     files = [teacher_file(tmp_path / f"{A}.pt", i, A) for i, A in ((SIDE, 2), (THIRD, 3))]
     args = tiny_dqn(tmp_path, env_ids=Args.env_ids, teachers=tuple(files), total_timesteps=100)
@@ -1299,6 +1353,11 @@ def test_bad_input_a_loss_that_explodes_stops_the_run(tmp_path):
     args = tiny_dqn(tmp_path, learning_rate=1e9, optimizer="adam", total_timesteps=2000)
     with pytest.raises(policy_distillation.Diverged, match=r"of the DQN at step .*--learning-rate"):
         policy_distillation.main(args)
+    net, memory = GameNetwork(WIDTHS["net3"], [2]), ScreenMemory(tmp_path / "nan", 1, 4, 0, 2)
+    memory.values.fill_(math.nan)
+    args, optimizer = tiny(tmp_path), policy_distillation.choose_optimizer(net, Args())
+    with pytest.raises(policy_distillation.Diverged, match="after 4 steps in each of the games"):
+        policy_distillation.learn_from_memories(net, optimizer, [memory], args, 4)
 
 
 # ---- Bad input ----------------------------------------------------------------------------------
@@ -1323,6 +1382,16 @@ def test_bad_input_replays_that_are_missing_or_short(tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match=r"replays in .*memory are missing or not as .* left"):
             policy_distillation.main(args)
     assert len(begun) == 1
+
+
+@pytest.mark.parametrize(("memory", "disk"), [(1, 4), (4, 1)])
+def test_bad_input_replays_that_fit_into_memory_or_disk_alone(memory, disk, monkeypatch):
+    """They take 3.82 GB."""
+    had = {"SC_PAGE_SIZE": 10**6, "SC_PHYS_PAGES": 1000 * memory}
+    monkeypatch.setattr(os, "sysconf", had.get)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk * 10**9))
+    with pytest.raises(SystemExit, match=rf" has {memory}\.00 GB and {disk}\.00 GB of disk"):
+        policy_distillation.check_memory(Args(), [6])
 
 
 def test_bad_input_a_folder_that_cannot_be_written_to(tmp_path):
@@ -1352,6 +1421,20 @@ def test_bad_input_another_recipe_on_resume_and_what_may_change(tmp_path):
     may = {"total_rounds": 9, "eval_every": 1, "eval_episodes": 2, "eval_epsilon": 0.01}
     with pytest.raises(SystemExit, match=r"The replays in .* are missing or not"):
         policy_distillation.main(dataclasses.replace(args, **may, capture_video=True))
+
+
+def test_bad_input_another_recipe_of_the_dqn_on_resume(tmp_path):
+    args = tiny(tmp_path, env_ids=(SIDE,), online=True, optimizer="rmsprop", run_dir="")
+    net, path = GameNetwork(WIDTHS["net3"], [2]).state_dict(), tmp_path / "checkpoint.pt"
+    given = {"args": dataclasses.asdict(args), "memory": {"teacher_0.ages": 1}}
+    policy_distillation.save_checkpoint(path, net=net, **given)
+    args = dataclasses.replace(args, resume=str(path))
+    other = {"discount": 0.9, "dqn_memory_steps": 960, "learning_starts": 10, "target_period": 30}
+    other |= {"steps_per_update": 5, "final_epsilon": 0.2, "epsilon_timesteps": 100}
+    for name, value in (other | {"max_learning_rate": 0.1, "bfloat16": True}).items():
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(SystemExit, match=f"made with {flag} .*, not with {flag} {value}"):
+            policy_distillation.main(dataclasses.replace(args, **{name: value}))
 
 
 @pytest.mark.parametrize("early", ["load_teacher", "make_net", "evaluate_games"])

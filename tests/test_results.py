@@ -6,6 +6,7 @@ import re
 import sys
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -156,3 +157,85 @@ def test_scaling_judges_the_papers_claims():
     assert "| | times fewer minutes, paper | 1 | 2.1 |" in shown
     lost = scaling.table(arrivals({"A3C": {1: ["", 5, ""], 2: [4]}}), (1, 2), {"A3C": []})
     assert "| A3C | steps to the reference | not reached | 4 |" in lost
+    whole = scaling.table([], (1, 2, 4, 8, 16), scaling.METHODS).splitlines()
+    assert [line.partition("paper | ")[2] for line in whole if "paper" in line] == [  # table 2
+        "1 | 3 | 6.3 | 13.3 | 24.1 |",
+        "1 | 2.8 | 5.9 | 13.1 | 22.1 |",
+        "1 | 2.7 | 5.9 | 10.7 | 17.2 |",
+        "1 | 2.1 | 3.7 | 6.9 | 12.5 |",
+    ]
+
+
+def test_scaling_follows_a_run_to_its_arrival_or_through_its_last_fifth(tmp_path):
+    returns = {20: 0.25, 40: 0.5, 60: 1.0, 80: 0.75, 90: 0.375, 100: 0.125}
+    rows = [
+        f"{step},charts/episodic_return,{score}\n{step},charts/minutes,{step / 10}\n"
+        for step, score in returns.items()
+    ]
+    (tmp_path / "metrics.csv").write_text("".join(rows) + "100,charts/SP")  # half written
+    process = SimpleNamespace(poll=lambda: None, args=["python", "a3c_atari.py"])
+    for flags, found in (
+        ({"reference": 0.5}, (40, "", 4, 0.5)),
+        ({"reference": 2.0}, (100, "", 10, 0.25)),
+        ({"reference": 0.5, "part": "rates"}, (100, "", 10, 0.25)),
+    ):
+        args = scaling.Args(max_timesteps=100, **flags)
+        assert scaling.follow(tmp_path, args, process) == found
+    process.poll = lambda: 1
+    with pytest.raises(SystemExit, match=r"^python a3c_atari\.py ended before its time"):
+        scaling.follow(tmp_path, scaling.Args(max_timesteps=101, reference=2.0), process)
+
+
+def test_scaling_reads_only_runs_of_the_same_flags(tmp_path):
+    path, args = tmp_path / "runs.csv", scaling.Args(reference=0.5, max_timesteps=100)
+    assert scaling.read(path, args) == []
+    path.write_text(
+        "score,reference,max_timesteps,report_every,many_games\n"
+        "1,0.5,100,2000,False\n"
+        "2,0.7,100,2000,False\n"
+        "3,0.5,900,2000,False\n"
+        "4,0.5,100,5000,False\n"
+        "5,0.5,100,2000,True\n"
+    )
+    assert [row["score"] for row in scaling.read(path, args)] == ["1"]
+
+
+def test_scaling_measures_a_run_as_a_user_would_start_it(monkeypatch):
+    commands, signals = [], []
+
+    def start(command, **_):
+        commands.append(" ".join(command[1:]))
+        return SimpleNamespace(send_signal=signals.append, wait=lambda: None)
+
+    def measure(method, score, **flags):
+        monkeypatch.setattr(scaling, "follow", lambda *_: (40, "", 1.5, score))
+        args = scaling.Args(reference=0.5, max_timesteps=1000, report_every=20, **flags)
+        return scaling.measure(scaling.Run(method, 4, 2, 0.003), args)
+
+    monkeypatch.setattr(scaling.subprocess, "Popen", start)
+    flags = [4, 2, 0.003, 0.5, 1000, 20]
+    assert measure("A3C", 0.5) == ["A3C", *flags, False, 40, "", "1.500", "0.500"]
+    assert measure("n-step Q", 0.4) == ["n-step Q", *flags, False, "", "", "", "0.400"]
+    measure("Gorila", 0.5)
+    measure("one-step Sarsa", 0.5, many_games=True)
+    assert signals == [scaling.signal.SIGTERM] * 4
+    expected = (
+        ("a3c_atari.py", "--num-workers 4"),
+        (
+            "async_nstep_q.py --algorithm nstep-q",
+            "--num-workers 4 --target-period 10 --epsilon-timesteps 100",
+        ),
+        (
+            "gorila_dqn.py",
+            "--num-actors 4 --num-learners 4 --replay-capacity 1000 --learning-starts 1000"
+            " --target-period 2 --epsilon-updates 25",
+        ),
+        (
+            "async_nstep_q.py --algorithm onestep-sarsa",
+            "--envs-per-worker 8 --orthogonal-init --rmsprop-eps 0.001",
+        ),
+    )
+    for command, (script, own) in zip(commands, expected, strict=True):
+        game = "--env-id toy_games:Catch-v0 --seed 2 --learning-rate 0.003"
+        assert command.startswith(f"{script} {game} ") and command.endswith(f" {own}")
+        assert " --total-timesteps 2000 --report-every 20 " in command  # the rate falls over twice

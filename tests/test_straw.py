@@ -426,6 +426,7 @@ def test_math_at_first_the_patch_is_the_next_k_steps_and_a_plan_lasts_five_at_mo
     planner = StrategicAttentiveWriter(6, 4, Args(model="straw"))
     psi = planner.f_psi(torch.randn(3, 6))
     assert filters_of(psi, 10, 500).argmax(-1).tolist() == [list(range(10))] * 3
+    assert (straw.attention_grid(psi, 10, 500)[1] == 1).all()
     c = planner.commit(psi, torch.randn(3, 64))
     torch.testing.assert_close(c[:, 0], torch.full((3,), 0.5), atol=1e-3, rtol=0)
     assert (c[:, 5] > 0.999).all() and planner.T == 500 and straw.E == 40
@@ -615,6 +616,10 @@ def test_math_the_loss_is_a3cs_with_a_clipped_advantage_and_the_costs(model):
     assert watched["losses/c_0"] == pytest.approx(c_0 / (3 * N), rel=1e-4)
     committed = 100 * (1 - played.seen.g.float().mean().item())
     assert watched["charts/committed"] == pytest.approx(committed)
+    replans = played.seen.g.sum().item()
+    assert watched["losses/kl"] == pytest.approx(kl / replans, rel=1e-3)
+    entropy = Categorical(logits=out.y[..., :-1]).entropy().mean().item()
+    assert watched["losses/entropy"] == pytest.approx(entropy, rel=1e-4)
 
 
 def test_math_the_value_row_bootstraps_but_not_past_the_goal():
@@ -821,6 +826,9 @@ def test_math_defaults_are_the_papers():
     assert (args.plan_length, args.plan_filters, args.noise_size, args.t_max) == (500, 10, 128, 40)
     assert 1e-7 <= args.noise_cost <= 1e-4 and 1e-6 <= args.commitment_cost <= 1e-2
     assert 1e-4 <= args.entropy_cost <= 1e-3 and args.total_timesteps == 500_000_000
+    assert (args.commitment_cost, args.noise_cost, args.entropy_cost) == (1e-3, 1e-5, 1e-3)
+    assert (args.discount, args.value_cost) == (0.99, 0.5)
+    assert (args.rmsprop_decay, args.rmsprop_eps) == (0.99, 0.1) and straw.OPENED == 0.1
     net = straw.StrawPolicy(9, (84, 84, 12), Args(task="atari"))
     sizes = [tuple(layer.weight.shape) for layer in net.features if hasattr(layer, "weight")]
     assert sizes == [(16, 12, 8, 8), (32, 16, 4, 4), (128, 2592)]
@@ -954,6 +962,7 @@ def test_math_atari_is_played_as_by_dqn():
         env, starts = straw.make_env(args, training), []
         layers = [layer := env] + [layer := layer.env for _ in range(4)]
         assert any(isinstance(x, straw.EpisodicLife) for x in layers) == training
+        assert env.unwrapped.spec.kwargs["max_num_frames_per_episode"] == 108_000
         for seed in range(20):
             env.reset(seed=seed)
             starts.append(env.unwrapped.ale.getEpisodeFrameNumber())
@@ -1043,6 +1052,7 @@ def test_math_the_film_shows_one_game_after_another_as_in_evaluation(task, tmp_p
     flags = {"task": task, "env_id": "test_straw:Tint-v0", "curriculum_period": 10}
     net, args = policy("straw", **flags)
     make_env, whole_games, games, kept, shown = straw.make_env, straw.whole_games, [], [], []
+    titles = []
 
     def make_one(*arguments, **how):
         games.append(how)
@@ -1061,6 +1071,7 @@ def test_math_the_film_shows_one_game_after_another_as_in_evaluation(task, tmp_p
         set_data(axes, image)
 
     monkeypatch.setattr(matplotlib.image.AxesImage, "set_data", show)
+    monkeypatch.setattr(matplotlib.axes.Axes, "set_title", lambda _, title: titles.append(title))
     monkeypatch.setattr(straw, "make_env", make_one)
     monkeypatch.setattr(straw, "whole_games", short_games)
     monkeypatch.setattr(straw, "FILMED_STEPS", 4)
@@ -1068,6 +1079,9 @@ def test_math_the_film_shows_one_game_after_another_as_in_evaluation(task, tmp_p
     walk = 4 if task == "maze" else None
     assert games == [{"training": False}, (args.seed, walk), (args.seed + 1, walk)]
     assert len(kept) == 4 and len(shown) == 3 + 3 * 4  # three when the axes are made
+    replanned = [bool(seen.g[0]) for seen, _ in kept]
+    assert ["replans" in title for title in titles] == replanned
+    assert ["is committed" in title for title in titles] == [not g for g in replanned]
     for (seen, out), screen, planned, c in zip(kept, shown[3::3], shown[4::3], shown[5::3]):
         assert np.array_equal(screen, seen.s[0, ..., -3:])
         logits = out.state.A[0, :-1, :20].double()
@@ -1135,6 +1149,11 @@ def test_math_ranks_of_macro_actions():
     assert metrics["eval/macro_2_rank_correlation"] == pytest.approx(expected)
     assert metrics["eval/macro_2_frequent"] == 100
     assert straw.macro_action_metrics([], 3) == {}
+    rows = [(1, "abc", 9, 100, 7), (2, "abd", 5, 101, 6)]
+    assert straw.macro_action_metrics(rows, 3)["eval/macro_3_frequent"] == 50
+    used = Counter({(i,): 99 - i for i in range(30)})
+    rows = straw.rank_macro_actions(used, Counter(), "x" * 30)
+    assert [row[0] for row in rows] == list(range(1, 21))
 
 
 def test_math_rank_correlation_is_spearmans():
@@ -1207,7 +1226,8 @@ def test_math_text_is_tested_on_its_rest_as_one_long_piece(model, tmp_path):
     assert metrics["eval/committed"] == pytest.approx(committed)
     assert (committed == 0) == (model == "lstm")
     if model == "straw":
-        expected, written = [], out.y.argmax(-1)
+        written = out.y.argmax(-1)
+        expected = [["length", "rank", "string", "uses", "true_rank", "occurrences"]]
         for length in (3, 4):
             used, of = straw.macro_actions(written, out.g, length), straw.ngrams(train, length)
             rows = straw.rank_macro_actions(used, of, alphabet)
@@ -1217,7 +1237,7 @@ def test_math_text_is_tested_on_its_rest_as_one_long_piece(model, tmp_path):
             )
             expected += [[str(entry) for entry in (length, *row)] for row in rows]
         with open(tmp_path / "macro_actions.csv", encoding="utf-8") as file:
-            assert list(csv.reader(file))[1:] == expected
+            assert list(csv.reader(file)) == expected
 
 
 def test_math_the_picture_of_macro_actions_has_ranks_by_use_along_x(tmp_path, monkeypatch):
@@ -1232,7 +1252,7 @@ def test_math_the_picture_of_macro_actions_has_ranks_by_use_along_x(tmp_path, mo
 
 
 def test_math_text_is_learned_in_order_again_and_again_at_a_falling_rate(tmp_path, monkeypatch):
-    """7 pieces, and again: 16 in all. Reported are means since the report before."""
+    """7 pieces, and again: 16 in all, a second each. Reported are means since the report before."""
     (tmp_path / "text.txt").write_text(random_text(330))
     args = Args(**TEXT, text_file=str(tmp_path / "text.txt"), run_dir=str(tmp_path / "run"))
     args = dataclasses.replace(args, learning_rate=2.0, total_timesteps=16 * 40)
@@ -1249,6 +1269,8 @@ def test_math_text_is_learned_in_order_again_and_again_at_a_falling_rate(tmp_pat
 
     monkeypatch.setattr(straw, "update_text", update_text)
     monkeypatch.setattr(straw, "evaluate_text", evaluate_text)
+    clock = SimpleNamespace(time=time.time, perf_counter=lambda: len(pieces))
+    monkeypatch.setattr(straw, "time", clock)
     straw.main(dataclasses.replace(args, report_every=160, eval_every=240))
     text = straw.encode(random_text(330))
     columns, start = straw.side_by_side(text[1], 4), straw.TextModel(args).initial_state(4)
@@ -1277,11 +1299,11 @@ def test_math_text_is_learned_in_order_again_and_again_at_a_falling_rate(tmp_pat
     assert len(pieces) == 16 and checkpoint["T"] == 640
     with open(tmp_path / "run" / "metrics.csv") as file:
         rows = [(int(step), tag, float(value)) for step, tag, value in csv.reader(file)]
-    told = {
-        tag: [row[::2] for row in rows if row[1] == tag] for tag in ("losses/piece", "eval/pieces")
-    }
+    tags = ("losses/piece", "eval/pieces", "charts/SPS")
+    told = {tag: [row[::2] for row in rows if row[1] == tag] for tag in tags}
     assert told["losses/piece"] == [(160, 2.5), (320, 6.5), (480, 10.5), (640, 14.5)]
     assert told["eval/pieces"] == [(320, 8), (480, 12), (640, 16)]
+    assert told["charts/SPS"] == [(160, 40), (320, 40), (480, 40), (640, 40)]
     for theirs in tested:
         assert all(torch.equal(a, b) for a, b in zip(theirs[1:], text[1:]))
 
@@ -1346,6 +1368,18 @@ def test_learns_on_as_if_it_had_not_been_interrupted(tmp_path, monkeypatch):
     for part in ("rng", "histogram", "age"):
         assert torch.equal(whole[part], halves[part])
     assert all(torch.equal(a, b) for a, b in zip(whole["state"], halves["state"], strict=True))
+    told = []
+    for folder in ("whole", "halves"):
+        rows = (tmp_path / folder / "metrics.csv").read_text().splitlines()
+        told.append([row for row in rows if "charts/SPS" not in row and "minutes" not in row])
+    assert told[0] == told[1]
+
+
+def test_learns_text_to_its_end_then_ctrl_c_advises_to_evaluate(tmp_path, monkeypatch):
+    monkeypatch.setattr(straw, "evaluate_text", Mock(side_effect=KeyboardInterrupt))
+    args = Args(**TEXT, text_file=periodic_text(tmp_path), total_timesteps=40)
+    with pytest.raises(SystemExit, match=r"Stopped; evaluate with --evaluate .*checkpoint.pt"):
+        straw.main(dataclasses.replace(args, run_dir=str(tmp_path)))
 
 
 def test_learns_to_commit_when_replanning_costs_and_to_replan_when_it_is_free(tmp_path):
@@ -1683,7 +1717,9 @@ def test_bad_input_a_run_goes_on_with_its_text_wherever_that_lies(tmp_path, monk
         straw.main(args)
 
 
-def test_math_commitments_move_to_earlier_periods_when_a_run_is_made_longer(tmp_path):
+def test_math_commitments_move_to_earlier_periods_when_a_run_is_made_longer(tmp_path, monkeypatch):
+    """And to later ones when it is made shorter: those beyond its end count with the last."""
+    monkeypatch.setattr(straw, "evaluate_text", lambda *_: {})
     args = Args(**TEXT, text_file=periodic_text(tmp_path), total_timesteps=2000)
     straw.main(dataclasses.replace(args, run_dir=str(tmp_path)))
     path = tmp_path / "checkpoint.pt"
@@ -1693,6 +1729,11 @@ def test_math_commitments_move_to_earlier_periods_when_a_run_is_made_longer(tmp_
     after = torch.load(path)["histogram"]
     assert torch.equal(after[:25], before[0::2] + before[1::2])
     assert before[25:].any() and after[25:].any()
+    straw.save_checkpoint(path, **torch.load(path) | {"T": 1960})
+    straw.main(dataclasses.replace(longer, total_timesteps=2000))
+    shorter = torch.load(path)["histogram"]
+    assert torch.equal(shorter[0:49:2], after[:25]) and not shorter[1:49:2].any()
+    assert (shorter[49] >= after[25:].sum(0)).all()
 
 
 def test_bad_input_a_picture_that_cannot_be_written(tmp_path, monkeypatch):
