@@ -20,6 +20,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -557,8 +558,11 @@ def test_math_evaluation_samples_and_carries_the_lstm_state(monkeypatch):
         return *outcome, info
 
     monkeypatch.setattr(a3c_atari.RecordEpisodeStatistics, "step", noting_score)
+    filmed = []
+    monkeypatch.setattr(a3c_atari, "write_gif", lambda pictures, *_: filmed.extend(pictures))
     args = Args(**TOY | {"eval_episodes": 50})
-    metrics = a3c_atari.evaluate(net, args, watch=lambda: watched.append(1))
+    metrics = a3c_atari.evaluate(net, args, Path("game.gif"), lambda: watched.append(1))
+    assert len(filmed) == 10  # of the first game alone
     assert metrics["eval/episodic_return"] == pytest.approx(np.mean(scores)) and len(scores) == 50
     assert metrics["eval/episodic_return_std"] == pytest.approx(np.std(scores)) != np.var(scores)
     assert made == [False] * 50 and len(set(seeds)) == 50 and len(watched) == 10
@@ -588,7 +592,8 @@ def test_math_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch)
 def test_math_worker_follows_algorithm_s2(monkeypatch):
     """Copy, play, count, update, again: until the workers together have made all steps."""
     args = Args(**TOY, envs_per_worker=3, t_max=4, total_timesteps=100, learning_rate=0.5)
-    shared = ActorCritic(2, "small", lstm=False)
+    args = dataclasses.replace(args, network="large")
+    shared = ActorCritic(2, "large", lstm=False)
     with torch.no_grad():
         shared.policy.weight.zero_()
     optimizer = SharedRMSProp(list(shared.parameters()), 0.99, 0.1)
@@ -623,6 +628,7 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
     work_here(monkeypatch, a3c_atari, 6, arguments, update)
     assert seeds == [(2 + 3, args.seed, 7, 40)]
     assert T.value >= 100 and T.value - played[-1].r_t.numel() < 100
+    assert [len(segment.r_t) for segment in played] == [4, 4, 2] * 2
     steps = np.cumsum([segment.r_t.numel() for segment in played]) + 40
     assert rates == pytest.approx([0.5 * max(0, 1 - step / 100) for step in steps])
     assert rates[-1] == 0 and len({segment.r_t.shape[1] for segment in played} - {3}) == 0
@@ -630,10 +636,40 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
     assert ("losses/gradient_norm", steps[1]) in told  # not finite: reported at once
     scores = [value for tag, value, _ in reports if tag == "charts/episodic_return"]
     assert len(scores) == 3 * ((int(steps[-1]) - 40) // 30)
+    assert sum(scores) == sum(segment.r_t.sum() for segment in played)
     first_screens = [segment.s_tm1[0] for segment in played[:1]]
     assert not torch.equal(first_screens[0][0], first_screens[0][1]) or not torch.equal(
         first_screens[0][1], first_screens[0][2]
     )
+
+
+def test_math_supervise_evaluates_and_saves_when_it_should(monkeypatch, tmp_path):
+    """Every join lasts 100 steps of a second each, and Ctrl-C comes after 1100 of them."""
+    counter, evaluated, saved = SimpleNamespace(value=0), [], []
+
+    def join(timeout):
+        counter.value += 100
+        if counter.value == 1100:
+            raise KeyboardInterrupt
+
+    workers = SimpleNamespace(processes=[], join=join)
+    monkeypatch.setattr(a3c_atari.mp, "spawn", lambda *_, **__: workers)
+    monkeypatch.setattr(a3c_atari.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(a3c_atari.time, "perf_counter", lambda: float(counter.value))
+    T, log = SimpleNamespace(get_obj=lambda: counter), SimpleNamespace(empty=lambda: True)
+    writer, args = Mock(log_dir=tmp_path), Args(report_every=200, eval_every=300)
+
+    def evaluate_now(step, watch):
+        evaluated.append(step)
+        return {}
+
+    def save(T, seconds):
+        saved.append((T, seconds))
+
+    with pytest.raises(SystemExit, match="Stopped; go on"):
+        a3c_atari.supervise(None, (), args, T, log, writer, 5.0, save, evaluate_now)
+    assert evaluated == [400, 800]
+    assert saved == [(step, 5 + step) for step in (200, 400, 600, 800, 1000, 1100)]
 
 
 def add_one(rank: int, optimizer: SharedRMSProp) -> None:
@@ -887,6 +923,7 @@ def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
             {"resume": "good.pt", "env_id": "PongNoFrameskip-v4"},
             "made with --env-id toy_games:Side-v0, not with --env-id PongNoFrameskip-v4",
         ),
+        ({"evaluate": "good.pt", "env_id": "toy_games:Clock-v0"}, "not with --env-id toy_games:C"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):

@@ -267,7 +267,7 @@ def test_gradient_of_each_network_is_clipped_by_itself():
     norms = [torch.cat([g.flatten() for g in part]).norm().item() for part in expected]
     optimizer = SharedRMSProp(list(net.parameters()), decay=1.0, eps=1.0)  # plain descent
     watched = a3c_continuous.update(net, optimizer, trajectory, 1.0, Args(max_gradient_norm=0.5))
-    assert min(norms) > 0.5
+    assert min(norms) > 0.5 and watched["charts/learning_rate"] == 1.0
     assert watched["losses/gradient_norm"] == pytest.approx(math.hypot(*norms), rel=1e-3)
     for network, was, gradients, norm in zip((net.pi, net.v), before, expected, norms):
         for p, b, gradient in zip(network.parameters(), was, gradients):
@@ -487,12 +487,13 @@ def test_math_evaluation_means_episodes_with_seeds_of_their_own(monkeypatch):
 # ---- Processes ----------------------------------------------------------------------------------
 
 
-def test_math_worker_follows_algorithm_s2(monkeypatch):
+@pytest.mark.parametrize("pixels", [False, True])
+def test_math_worker_follows_algorithm_s2(pixels, monkeypatch):
     """Copy, play, count, update, again: until the workers together have made all steps."""
-    args = Args(**TOY, t_max=4, total_timesteps=100, learning_rate=0.5)
-    shared = GaussianActorCritic((2,), 2)
+    args = Args(**TOY, pixels=pixels, t_max=4, total_timesteps=100, learning_rate=0.5)
+    shared = GaussianActorCritic((84, 84, 3) if pixels else (2,), 2)
     optimizer = SharedRMSProp(list(shared.parameters()), 0.99, 0.1)
-    T, reports, rates, steps = Locked(40), [], [], [40]
+    T, reports, rates, rewards, steps = Locked(40), [], [], [], [40]
     seeds, play_alone = [], a3c_continuous.play_alone
 
     def noting_play_alone(env, seed, *given):
@@ -506,6 +507,7 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), shared.parameters()))
         assert len(rates) == 0 or (trajectory.a_tm1 > 50).all()  # played with what was copied
         assert torch.initial_seed() == a3c_continuous.independent_seeds(3, args.seed, 7, 40)[0]
+        rewards.extend(trajectory.r_t.flatten().tolist())
         steps.append(steps[-1] + len(trajectory.r_t))
         assert T.value == steps[-1]
         rates.append(learning_rate)
@@ -518,12 +520,21 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
     arguments = (args, 40, shared, optimizer, T, log)
     work_here(monkeypatch, a3c_continuous, 6, arguments, update)
     assert seeds == a3c_continuous.independent_seeds(3, args.seed, 7, 40)[2:]
-    assert steps[-2] < 100 <= steps[-1]
+    assert steps[-2] < 100 <= steps[-1] and np.diff(steps).tolist() == [4, 2] * 10
     assert rates == pytest.approx([0.5 * max(0, 1 - step / 100) for step in steps[1:]])
     told = [(tag, step) for tag, _, step in reports]
     assert told.count(("losses/gradient_norm", steps[2])) == 1  # not finite: reported at once
     lengths = [value for tag, value, _ in reports if tag == "charts/episodic_length"]
     assert lengths == [6] * ((steps[-1] - 40) // 6)
+    returns = [value for tag, value, _ in reports if tag == "charts/episodic_return"]
+    assert returns == pytest.approx(np.reshape(rewards, (10, 6)).sum(1), rel=1e-4)
+
+
+def test_math_evaluations_during_training_play_with_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(a3c_continuous, "supervise", lambda *arguments: arguments[-1])
+    evaluate_now = a3c_continuous.main(Args(**TOY, run_dir=str(tmp_path)))
+    monkeypatch.setattr(a3c_continuous, "evaluate", lambda net, *_: net)
+    assert not any(p.is_shared() for p in evaluate_now(0, None).parameters())
 
 
 def test_learns_to_aim_and_goes_on(tmp_path):
@@ -640,6 +651,10 @@ def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
             "made with --pixels False, not with --pixels True",
         ),
         ({"resume": "good.pt", "env_id": "Pendulum-v1"}, "not with --env-id Pendulum-v1"),
+        (
+            {"evaluate": "good.pt", "env_id": "test_a3c_continuous:TruncatedAim-v0"},
+            "not with --env-id test_a3c_continuous:TruncatedAim-v0",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):

@@ -328,10 +328,11 @@ def test_math_evaluation_means_episodes_with_seeds_of_their_own_and_samples(monk
         return reset(game, seed=seed)
 
     def noting_step(game, a):
-        s_t, r_t, *ends = step(game, a)
+        s_t, r_t, *ends, info = step(game, a)
         actions.append(a)
         returns[-1] += r_t
-        return s_t, r_t, *ends
+        info |= {"labyrinth": {"apples": returns[-1], "portals": []}} if any(ends) else {}
+        return s_t, r_t, *ends, info
 
     monkeypatch.setattr(Doors, "reset", noting_reset)
     monkeypatch.setattr(Doors, "step", noting_step)
@@ -339,6 +340,7 @@ def test_math_evaluation_means_episodes_with_seeds_of_their_own_and_samples(monk
     assert len(actions) == 30 * 7 and np.mean(actions) == pytest.approx(0.731, abs=0.1)
     assert metrics["eval/episodic_return"] == pytest.approx(np.mean(returns))
     assert metrics["eval/episodic_return_std"] == pytest.approx(np.std(returns)) != 0
+    assert metrics["eval/apples"] == pytest.approx(np.mean(returns)) != returns[-1]
     first = set(seeds)
     assert len(first) == 30
     a3c_maze.evaluate(net, dataclasses.replace(args, seed=2))
@@ -524,6 +526,7 @@ def test_bad_input_a_maze_has_to_have_room_for_the_apples(maze):
         a3c_maze.make_env(Args(num_apples=10))
     with pytest.raises(SystemExit, match=r"has 0 rooms of a maze.*--plain"):
         a3c_maze.make_env(Args(env_id="MiniWorld-Hallway-v0"))
+    assert a3c_maze.make_env(Args(num_apples=9)).env.num_apples == 9
     maze.reset()
 
 
@@ -561,12 +564,27 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
     arguments = (args, 40, shared, optimizer, T, log)
     work_here(monkeypatch, a3c_maze, 6, arguments, update)
     assert seeds == a3c_maze.independent_seeds(3, args.seed, 7, 40)[2:]
-    assert steps[-2] < 100 <= steps[-1]
+    assert steps[-2] < 100 <= steps[-1] and np.diff(steps).tolist() == [4, 3] * 8 + [4]
     assert rates == pytest.approx([0.5 * max(0, 1 - step / 100) for step in steps[1:]])
     told = [(tag, step) for tag, _, step in reports]
     assert told.count(("losses/gradient_norm", steps[2])) == 1  # not finite: reported at once
     lengths = [value for tag, value, _ in reports if tag == "charts/episodic_length"]
     assert lengths == [7] * ((steps[-1] - 40) // 7)
+
+
+def test_math_evaluations_during_training_play_with_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(a3c_maze, "supervise", lambda *arguments: arguments[-1])
+    evaluate_now = a3c_maze.main(Args(**TOY, run_dir=str(tmp_path)))
+    monkeypatch.setattr(a3c_maze, "evaluate", lambda net, *_: net)
+    assert not any(p.is_shared() for p in evaluate_now(0, None).parameters())
+
+
+def test_math_a_checkpoint_may_be_evaluated_in_another_maze(tmp_path):
+    net, args, path = MazeActorCritic(2), Args(**TOY), tmp_path / "checkpoint.pt"
+    a3c_maze.save_checkpoint(path, net=net.state_dict(), args=dataclasses.asdict(args))
+    elsewhere = dataclasses.replace(args, env_id="test_a3c_maze:TruncatedDoors-v0")
+    metrics = a3c_maze.main(dataclasses.replace(elsewhere, evaluate=str(path)))
+    assert metrics == a3c_maze.evaluate(net, elsewhere)
 
 
 def test_learns_which_door_and_goes_on(tmp_path):
@@ -665,6 +683,7 @@ def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
         ({"resume": "good.pt"}, "made with --plain False, not with --plain True"),
         ({"evaluate": "good.pt"}, "made with --plain False, not with --plain True"),
         ({"resume": "apple.pt"}, "made with --num-apples 1, not with --num-apples 4"),
+        ({"resume": "apple.pt", "env_id": "test_a3c_maze:TruncatedDoors-v0"}, "with --env-id test"),
         ({"random_walk": True}, "--random-walk is for evaluations: pass --evaluate, too"),
         ({"num_apples": 3}, "are for the task with apples: leave --plain out"),
         ({"episode_steps": 3}, "are for the task with apples: leave --plain out"),

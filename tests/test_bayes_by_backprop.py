@@ -404,6 +404,7 @@ def test_learns_digits_and_goes_on_bit_for_bit(method, tmp_path):
     metrics = bbb.main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
     optimizer = torch.load(tmp_path / "whole/checkpoint.pt")["optimizer"]
     assert optimizer["param_groups"][0]["lr"] == pytest.approx(6e-3 * 0.9**5)
+    assert metrics["charts/learning_rate"] == pytest.approx(6e-3 * 0.9**5)
     assert metrics["eval/error"] < 45  # 90 is chance
     rows = [r.split(",") for r in (tmp_path / "whole/metrics.csv").read_text().splitlines()]
     errors = [float(v) for _, tag, v in rows if tag == "validation/error_of_mean"]
@@ -415,7 +416,10 @@ def test_learns_digits_and_goes_on_bit_for_bit(method, tmp_path):
     half = dataclasses.replace(args, epochs=3, run_dir=str(tmp_path / "half"))
     bbb.main(half)
     path = str(tmp_path / "half" / "checkpoint.pt")
-    assert without_times(bbb.main(dataclasses.replace(args, resume=path))) == without_times(metrics)
+    torch.save(torch.load(path) | {"seconds": 6000.0}, path)
+    resumed = bbb.main(dataclasses.replace(args, resume=path))
+    assert without_times(resumed) == without_times(metrics)
+    assert 100 < resumed["charts/minutes"] < 101
     evaluated = bbb.main(dataclasses.replace(args, evaluate=path))
     assert evaluated == {tag: metrics[tag] for tag in evaluated}
     assert (tmp_path / "half/weights.png").stat().st_size > 0
@@ -690,6 +694,19 @@ def test_math_cuts_in_the_drawing_are_those_of_pruning(tmp_path, monkeypatch):
         assert removed == pytest.approx(float(text.get_text().strip(" %")), abs=1)
 
 
+def test_math_curves_of_pruning_bear_their_names(tmp_path, monkeypatch):
+    percent = [0.0, 50.0, 75.0, 95.0, 98.0]
+    metrics = {f"eval/error_pruned_{x:g}": 2 + x / 2 for x in percent}
+    metrics |= {f"eval/error_of_mean_pruned_{x:g}": 1 + x / 4 for x in percent}
+    with monkeypatch.context() as patch:
+        patch.setattr(bbb.plt, "close", lambda _: None)
+        bbb.draw_pruning(metrics, tmp_path / "pruning.png")
+    shown = {line.get_label(): line.get_xydata().tolist() for line in plt.gca().lines}
+    plt.close("all")
+    assert shown["networks drawn"] == [[x, 2 + x / 2] for x in percent]
+    assert shown["mean"] == [[x, 1 + x / 4] for x in percent]
+
+
 # ---- Mistakes of users --------------------------------------------------------------------------
 
 
@@ -764,6 +781,7 @@ def test_bad_input_a_loss_that_is_no_number_stops_the_run(flags, where, tmp_path
         ("load_digits", r"^Stopped\.$"),
         ("update", r"^Stopped before the first checkpoint\.$"),
         ("report", r"^Stopped; go on with the same flags and --resume .*checkpoint\.pt$"),
+        ("draw_weights", r"^Stopped; evaluate with --evaluate .*checkpoint\.pt$"),
     ],
 )
 def test_bad_input_a_signal_ends_a_run_in_one_sentence(at, sentence, tmp_path, monkeypatch):
@@ -773,12 +791,23 @@ def test_bad_input_a_signal_ends_a_run_in_one_sentence(at, sentence, tmp_path, m
     assert (tmp_path / "run").exists() == (at != "load_digits")
 
 
-def test_bad_input_other_method(tmp_path):
+def test_bad_input_other_method(tmp_path, monkeypatch):
     args = Args(**TINY, epochs=1, run_dir=str(tmp_path))
     bbb.main(args)
     checkpoint = str(tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match="was made with --method bbb, not with --method sgd"):
         bbb.main(dataclasses.replace(args, method="sgd", evaluate=checkpoint))
+    monkeypatch.setattr(bbb, "load_mnist", lambda _, split: bbb.load_digits(split))
+    for way in ("resume", "evaluate"):
+        with pytest.raises(SystemExit, match="--dataset digits, not with --dataset mnist"):
+            bbb.main(dataclasses.replace(args, dataset="mnist", **{way: checkpoint}))
+    changes = {"seed": 2, "batch_size": 64, "optimizer": "sgd", "learning_rate": 0.5}
+    changes |= {"learning_rate_decay": 0.5, "samples": 2, "prior": "gaussian", "prior_pi": 0.5}
+    changes |= {"prior_sigma_1": 2.0, "prior_sigma_2": 0.1, "kl_weighting": "uniform"}
+    assert set(bbb.KEPT) - changes.keys() == {"sgd_momentum", "noise_std", "report_every"}
+    for name, value in changes.items():
+        with pytest.raises(SystemExit, match=f"was made with --{name.replace('_', '-')} "):
+            bbb.main(dataclasses.replace(args, **{name: value}, resume=checkpoint))
     with pytest.raises(SystemExit, match=r"--learning-rate 0\.0, not with --learning-rate 0\.01"):
         bbb.main(dataclasses.replace(args, learning_rate=0.01, resume=checkpoint, run_dir=""))
     with pytest.raises(SystemExit, match="raise --epochs"):

@@ -690,13 +690,13 @@ def test_learns_from_other_data_sets(make, tmp_path, monkeypatch):
 
 
 class Seen:
-    """What main gives to update, which this takes the place of."""
+    """What main gives to update and the drawings, which this takes the place of."""
 
     def __init__(self, monkeypatch):
-        self.steps = []
+        self.steps, self.drawn = [], []
         monkeypatch.setattr(cyclic, "update", self.update)
-        monkeypatch.setattr(cyclic, "draw_paths", lambda *_: None)
-        monkeypatch.setattr(cyclic, "draw_answers", lambda *_: None)
+        for draw in ("draw_paths", "draw_answers"):
+            monkeypatch.setattr(cyclic, draw, lambda *given: self.drawn.append(given[2]))
 
     def update(self, net, optimizer, x, y, dataset):
         (group,) = optimizer.param_groups
@@ -726,10 +726,8 @@ def run(monkeypatch, tmp_path):
         seen = Seen(monkeypatch)
         layout = small(dataset)
         use(monkeypatch, layout._replace(outputs=N) if layout.outputs == 10 else layout)
-        examples = few(dataset, N)
-        monkeypatch.setattr(
-            cyclic, LOADERS.get(dataset, "load_rotated"), lambda *_: (examples, examples)
-        )
+        examples = few(dataset, N), few(dataset, N // 2)
+        monkeypatch.setattr(cyclic, LOADERS.get(dataset, "load_rotated"), lambda *_: examples)
         name = f"{dataset}{len(list(tmp_path.iterdir()))}"
         flags = {"epochs": 1, "batch_size": 8, "variant": "baseline"} | flags
         seen.metrics = cyclic.main(Args(dataset=dataset, run_dir=str(tmp_path / name), **flags))
@@ -811,11 +809,15 @@ def test_math_training_varies_its_pictures(dataset, run):
 
 def test_math_flags_reach_the_network(run):
     kinds = {}
-    for turned in ("filters", "maps"):
-        net = run("digits", N=8, variant="roll-all", pool="max", turned=turned).net
+    for turned, bfloat16 in (("filters", False), ("maps", True)):
+        flags = {"variant": "roll-all", "pool": "max", "turned": turned, "bfloat16": bfloat16}
+        net = run("digits", N=8, **flags).net
+        assert net.bfloat16 == bfloat16
         kinds[turned] = {type(layer).__name__ for layer in net}
         assert next(layer for layer in net if isinstance(layer, cyclic.CyclicPool)).how == "max"
     assert "TurnedConv2d" in kinds["filters"] and "TurnedConv2d" not in kinds["maps"]
+    first, second = (run("digits", N=8, seed=seed).net[0].weight for seed in (1, 2))
+    assert not torch.equal(first, second)
 
 
 def test_math_minutes_go_on_where_they_stopped(run, tmp_path):
@@ -854,6 +856,10 @@ def drawn(draw, *arguments):
         draw(*arguments)
     cyclic.plt.close(kept[0])
     return kept[0]
+
+
+def test_math_pictures_of_the_test_set_are_drawn(run):
+    assert [len(examples.y) for examples in run("digits", N=8).drawn] == [4, 4]
 
 
 def test_math_drawn_paths_change_places_with_the_picture(tmp_path):
@@ -942,18 +948,20 @@ def test_bad_input_a_loss_that_is_no_number_stops_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("at", "sentence"),
+    ("at", "epochs", "sentence"),
     [
-        ("load_rotated", r"^Stopped\.$"),
-        ("update", r"^Stopped before the first checkpoint\.$"),
-        ("report", r"^Stopped; go on with the same flags and --resume .*checkpoint\.pt$"),
+        ("load_rotated", 2, r"^Stopped\.$"),
+        ("update", 2, r"^Stopped before the first checkpoint\.$"),
+        ("report", 2, r"^Stopped; go on with the same flags and --resume .*checkpoint\.pt$"),
+        ("report", 1, r"^Stopped; evaluate with --evaluate .*checkpoint\.pt$"),
     ],
 )
-def test_bad_input_a_signal_ends_a_run_in_one_sentence(at, sentence, tmp_path, monkeypatch):
+def test_bad_input_a_signal_ends_a_run_in_one_sentence(at, epochs, sentence, tmp_path, monkeypatch):
     use(monkeypatch, small("digits"))
+    monkeypatch.setattr(cyclic, "load_rotated", lambda _: (few("digits", 10),) * 2)
     monkeypatch.setattr(cyclic, at, lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit, match=sentence):
-        cyclic.main(Args(**TINY, run_dir=str(tmp_path / "run")))
+        cyclic.main(Args(**TINY | {"epochs": epochs}, run_dir=str(tmp_path / "run")))
     assert (tmp_path / "run").exists() == (at != "load_rotated")
 
 
@@ -961,6 +969,8 @@ def test_math_the_drawn_aerial_picture_is_the_part_that_is_labelled(tmp_path, mo
     use(monkeypatch, small("buildings"))
     net, args = CyclicNetwork(layout_of("buildings"), "baseline", 1), Args(dataset="buildings")
     figure = drawn(cyclic.draw_answers, net, args, few("buildings", 1), tmp_path / "answers.png")
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["aerial picture", "predicted", "label"]
     shapes = {axis.images[0].get_array().shape[:2] for axis in figure.axes}
     assert len(shapes) == 1
     photo, label = (figure.axes[i].images[0].get_array() for i in (0, 2))
@@ -981,6 +991,9 @@ def test_bad_input_sizes_and_other_variants(tmp_path, monkeypatch):
         cyclic.main(dataclasses.replace(args, pool="max", evaluate=checkpoint))
     with pytest.raises(SystemExit, match="was made with --variant pool, not with --variant half"):
         cyclic.main(dataclasses.replace(args, variant="half", evaluate=checkpoint))
+    monkeypatch.setattr(cyclic, "load_rotated", lambda _: (few("digits", 10),) * 2)
+    with pytest.raises(SystemExit, match="was made with --dataset digits, not with --dataset rot"):
+        cyclic.main(dataclasses.replace(args, dataset="rotated-mnist", evaluate=checkpoint))
     changes = {"seed": 2, "batch_size": 64, "learning_rate": 0.5, "weight_decay": 0.5}
     changes["bfloat16"] = True
     assert changes.keys() == set(cyclic.KEPT)

@@ -441,7 +441,7 @@ def test_gradient_of_a_reading_is_that_of_its_equations(reward):
     loss, shown = dram.reading_loss(net, None, y, args)
     got = torch.autograd.grad(loss, (net.scores, net.mu, net.baseline.weight))
     b = net.baseline(net.r2.detach())[..., 0]
-    expected, surprises, num_right = 0.0, [], 0
+    expected, cross_entropy, surprises, num_right = 0.0, 0.0, [], 0
     for i in range(6):
         R = 0
         for s in range(3):
@@ -452,6 +452,7 @@ def test_gradient_of_a_reading_is_that_of_its_equations(reward):
             num_right += right.item()
             R += int(right) if reward == "correct" else p
             expected = expected + F.cross_entropy(net.scores[i, s], y[i, s])
+            cross_entropy -= math.log(p)
             for n in (2 * s, 2 * s + 1):
                 log_pi = Independent(Normal(net.mu[i, n], 0.3), 1).log_prob(net.sample[i, n])
                 surprises.append(R - b[i, n].item())
@@ -466,6 +467,7 @@ def test_gradient_of_a_reading_is_that_of_its_equations(reward):
     assert shown["charts/surprise"].item() == pytest.approx(np.square(surprises).mean() ** 0.5)
     assert shown["losses/baseline"].item() == pytest.approx(np.square(surprises).sum() / 6 / 6 / 2)
     assert shown["charts/right"].item() == pytest.approx(num_right / 6)
+    assert shown["losses/cross_entropy"].item() == pytest.approx(cross_entropy / 6, rel=1e-5)
 
 
 def test_gradient_brings_means_back_that_have_left_the_image():
@@ -849,6 +851,7 @@ def test_math_test_sets_are_frozen_and_epochs_are_not():
 
 
 def test_math_without_holding_out_all_is_learned_in_epochs_as_long(monkeypatch):
+    assert dram.IMAGES_PER_EPOCH == 50_000  # MNIST's 60,000 but the 10,000 held out
     monkeypatch.setattr(dram, "IMAGES_PER_EPOCH", 1400)
     parts, whole = (dram.load_data(Args(**DIGITS, hold_out=out), "cpu") for out in (True, False))
     assert (len(parts.images), len(whole.images)) == (1250, 1500)
@@ -1060,6 +1063,12 @@ def test_math_house_numbers_keep_their_labels_and_their_set(size, width, monkeyp
     assert sorted([*trained.tolist(), *held_out.tolist()]) == [*range(72)]
     assert held_out.min() < 40 <= held_out.max()  # drawn from both archives
     assert data.test[1][:, 0].tolist() == [*range(72, 84)]
+    whole = dram.load_data(dataclasses.replace(args, hold_out=False), "cpu")
+    assert sorted(whole.labels[:, 0].tolist()) == [*range(72)]
+    assert torch.equal(whole.validation[1], data.validation[1])  # the same set
+    many = dict.fromkeys(labels, (torch.zeros(20_000, 1, 1).byte(), torch.zeros(20_000, 6)))
+    monkeypatch.setattr(dram, "load_svhn", lambda *_: many)
+    assert len(dram.load_data(args, "cpu").validation[1]) == 5000
 
     ruler = torch.arange(width, dtype=torch.uint8).expand(72, width, width)
     ruled = {name: (ruler[: len(y)], y[:, None].expand(-1, 6)) for name, y in labels.items()}
@@ -1204,13 +1213,15 @@ def test_learns_on_with_an_optimizer_fit_for_its_own_device(tiny, tmp_path):
 
 
 def test_gradient_location_rate_is_that_of_what_rewards_alone_train(tiny, tmp_path):
-    args = dataclasses.replace(TINY, epochs=1, location_rate=0.0, run_dir=str(tmp_path))
+    args = dataclasses.replace(TINY, epochs=1, location_rate=0.0, seed=2, run_dir=str(tmp_path))
     dram.main(args)
     trained = torch.load(tmp_path / "checkpoint.pt")["net"]
     torch.manual_seed(args.seed)
     begun = dram.make_networks(args).state_dict()
     kept = {name.split(".")[1] for name in begun if torch.equal(begun[name], trained[name])}
     assert kept == {"context", "lstm2", "emission"}
+    whole = [name for name in begun if name.split(".")[1] in kept]
+    assert all(torch.equal(begun[name], trained[name]) for name in whole)
 
 
 class OnGPU(torch.Tensor):
@@ -1394,6 +1405,12 @@ def test_math_who_holds_nothing_out_validates_on_nothing(watched, tmp_path):
     metrics = dram.main(args)
     assert watched.evaluations == [(15, "eval", "test")] and metrics["eval/error"] == 15.5
     assert "validation" not in (tmp_path / "metrics.csv").read_text()
+
+
+def test_math_a_run_stopped_in_its_last_report_is_left_to_evaluate(watched, tmp_path, monkeypatch):
+    monkeypatch.setattr(dram, "report", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit, match="Stopped; evaluate with --evaluate"):
+        dram.main(Args(**DIGITS, epochs=1, run_dir=str(tmp_path)))
 
 
 def test_bad_input_a_loss_that_is_no_number_stops_the_run(watched, tmp_path):

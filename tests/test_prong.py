@@ -422,9 +422,37 @@ def test_math_evaluation_is_that_of_all_images_at_once(name):
         assert metrics[f"eval/{tag}_error"] == pytest.approx(error, rel=1e-5)
 
 
+def test_math_training_errors_are_those_of_the_first_10_000_images():
+    x = torch.arange(12_000.0)[:, None]
+    task = prong.Task(nn.Identity(), x, x[:, 0], lambda x, _: x, lambda z, *_: z.mean(), {})
+    metrics = prong.evaluate(task, Args(task="cifar10"))
+    assert metrics["eval/train_loss"] == pytest.approx(np.arange(10_000).mean())
+    assert metrics["eval/train_error"] == pytest.approx(99.99)  # class 0 is right in the first
+
+
+def test_math_reports_and_curves_tell_the_mean_loss_since_the_last(tmp_path, monkeypatch):
+    losses = iter(torch.arange(4.0))
+    monkeypatch.setattr(prong, "update", lambda *_: next(losses))
+    monkeypatch.setattr(prong, "probe_fisher", lambda _: torch.eye(2))
+    monkeypatch.setattr(prong, "draw_fisher", lambda *_: None)
+    flags = TINY | {"total_iterations": 4, "report_every": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(prong.plt, "close", lambda _: None)
+        prong.main(Args(task="fisher", method="sgd", **flags, run_dir=str(tmp_path)))
+    shown = {axis.get_title(): list(axis.lines[0].get_ydata()) for axis in prong.plt.gcf().axes}
+    prong.plt.close("all")
+    rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()]
+    assert shown["losses/loss"] == [0.5, 2.5] and len(shown) == 4
+    for tag, values in shown.items():
+        assert values == [float(value) for _, name, value in rows if name == tag]
+
+
 def test_math_whitening_comes_first_and_from_other_images_each_time(tmp_path, monkeypatch):
-    seen, order, update = [], [], prong.update
-    monkeypatch.setattr(prong, "rewhiten", lambda net, x, *_: seen.append(x) or order.append("U"))
+    seen, order, drawn, update = [], [], [], prong.update
+    monkeypatch.setattr(
+        prong, "rewhiten", lambda net, x, *_: seen.append(x) or order.append("U") or [x]
+    )
+    monkeypatch.setattr(prong, "draw_spectra", lambda spectra, *_: drawn.extend(spectra))
     monkeypatch.setattr(prong, "update", lambda *how: order.append("step") or update(*how))
     args = Args(**TINY | {"total_iterations": 4, "whitening_period": 2}, run_dir=str(tmp_path))
     prong.main(args)
@@ -433,6 +461,7 @@ def test_math_whitening_comes_first_and_from_other_images_each_time(tmp_path, mo
     first = first.prepare(first.x[: len(seen[0])], False)
     assert len(seen[0]) == args.whitening_samples
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], first)
+    assert len(drawn) == 1 and drawn[0] is seen[0]
 
 
 def test_math_rmsprop_follows_its_flags():
@@ -441,7 +470,7 @@ def test_math_rmsprop_follows_its_flags():
     assert (group["alpha"], group["eps"], group["momentum"]) == (0.7, 0.3, 0.6)
 
 
-def test_learns_on_with_the_errors_it_waited_for(tmp_path, monkeypatch):
+def test_learns_on_with_the_errors_it_waited_for_and_the_time_it_took(tmp_path, monkeypatch):
     made, begin = [], prong.Waterfall.__init__
     monkeypatch.setattr(
         prong.Waterfall, "__init__", lambda self, opt: made.append(self) or begin(self, opt)
@@ -449,8 +478,11 @@ def test_learns_on_with_the_errors_it_waited_for(tmp_path, monkeypatch):
     args = Args(task="fisher", **TINY | {"total_iterations": 1}, run_dir=str(tmp_path))
     prong.main(args)
     path = tmp_path / "checkpoint.pt"
-    prong.save_checkpoint(path, **torch.load(path) | {"waterfall": (0.5, 3)})
-    prong.main(dataclasses.replace(args, total_iterations=2, run_dir="", resume=str(path)))
+    told = {"waterfall": (0.5, 3), "seconds": 6000.0, "whitening_seconds": 600.0}
+    prong.save_checkpoint(path, **torch.load(path) | told)
+    on = prong.main(dataclasses.replace(args, total_iterations=2, run_dir="", resume=str(path)))
+    assert 100 < on["charts/minutes"] < 101
+    assert on["charts/whitening_share"] == pytest.approx(10, rel=0.01)
     assert (made[-1].best, made[-1].waited) == (0.5, 3)
     assert torch.load(path)["waterfall"] == (0.5, 3)
 
@@ -735,12 +767,16 @@ def test_bad_input_damaged_batch(tmp_path):
         prong.load_cifar10(str(folder), "train")
 
 
-def test_bad_input_other_method(tmp_path):
+def test_bad_input_other_method(tmp_path, monkeypatch):
     args = Args(task="fisher", **TINY, run_dir=str(tmp_path))
     prong.main(args)
     checkpoint = str(tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match="was made with --method prong, not with --method sgd"):
         prong.main(dataclasses.replace(args, method="sgd", evaluate=checkpoint))
+    monkeypatch.setattr(prong, "load_mnist", lambda _, split: prong.load_digits(split))
+    for way in ("resume", "evaluate"):
+        with pytest.raises(SystemExit, match="--dataset digits, not with --dataset mnist"):
+            prong.main(dataclasses.replace(args, dataset="mnist", **{way: checkpoint}))
     with pytest.raises(
         SystemExit, match="--whitening-samples 100, not with --whitening-samples 50"
     ):

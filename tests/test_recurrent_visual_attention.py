@@ -309,8 +309,9 @@ def test_gradient_of_catch_is_that_of_its_replay(into_core, monkeypatch):
         expected += (R - b).square() / 2 - score * (R - b).detach()
         expected += 0.03 * (log_pi.exp() * log_pi).sum(-1)
     args = Args(task="catch", reinforce_weight=0.5, entropy_cost=0.03)
-    loss, _ = ram.catch_loss(play, args)
+    loss, told = ram.catch_loss(play, args)
     torch.testing.assert_close(loss, expected.mean())
+    torch.testing.assert_close(told["losses/entropy"], play.entropy.mean())  # of a move
     weights = list(net.parameters())
     gradients = torch.autograd.grad(loss, weights), torch.autograd.grad(expected.mean(), weights)
     torch.testing.assert_close(*gradients)
@@ -563,8 +564,11 @@ def test_math_flags_reach_training_evaluation_and_drawing(numbered, tmp_path, mo
     monkeypatch.setattr(ram, "check_task", lambda _: None)  # some flags have no effect on others
     args = Args(**DIGITS, num_glimpses=2, location_std=0.35, reinforce_weight=0.5, batch_size=100)
     args = dataclasses.replace(args, glimpse_policy="random", reinforce_into_core=False, epochs=1)
-    args = dataclasses.replace(args, monte_carlo_samples=3, run_dir=str(tmp_path))
+    args = dataclasses.replace(args, monte_carlo_samples=3, seed=5, run_dir=str(tmp_path))
     ram.main(args)
+    torch.manual_seed(5)
+    untrained = ram.make_model(args).location.weight  # as random glimpses leave it
+    assert torch.equal(torch.load(tmp_path / "checkpoint.pt")["net"]["location.weight"], untrained)
     assert [(len(numbers), *rest) for numbers, *rest in looked[:2]] == [
         (300, 2, "random", 0.35, False)
     ] * 2
@@ -611,7 +615,8 @@ def test_math_catch_is_played_with_its_deviation_and_filmed_where_it_looks(tmp_p
     monkeypatch.setattr(ram, "GAMES_IN_EVALUATION", 20)
     monkeypatch.setattr(Image, "fromarray", lambda a: pictures.append(a.copy()) or fromarray(a))
     args = Args(task="catch", epochs=1, batch_size=40, location_std=0.3, device="cpu")
-    ram.main(dataclasses.replace(args, run_dir=str(tmp_path)))
+    metrics = ram.main(dataclasses.replace(args, run_dir=str(tmp_path)))
+    assert metrics["charts/SPS"] * 60 * metrics["charts/minutes"] == pytest.approx(80)  # games
     evaluated, filmed = [(20, 24, 0.3, True), (20, 24, 0.3, False)], [(8, 24, 0.3, True)]
     untrained = [(*how, None) for how in evaluated + filmed]
     assert played == [(40, 24, 0.3, False, False)] * 2 + untrained
@@ -657,6 +662,9 @@ def test_learns_on_with_what_the_checkpoint_holds(numbered, tmp_path, monkeypatc
     metrics = ram.main(dataclasses.replace(args, epochs=4, resume=str(path)))
     assert 100 < metrics["charts/minutes"] < 101 and metrics["charts/SPS"] > 200 / 6000
     assert metrics["charts/learning_rate"] == pytest.approx(1e-3 / 4) and seeds == [2]
+    monkeypatch.setattr(ram, "report", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit, match="Stopped; evaluate with --evaluate"):  # nothing is left
+        ram.main(dataclasses.replace(args, epochs=5, resume=str(path)))
 
 
 def test_math_reported_is_the_mean_of_an_epoch_and_a_loss_that_is_no_number_ends_it(
@@ -840,6 +848,7 @@ def test_learns_from_a_download(tmp_path, monkeypatch):
             "made with --num-glimpses 0, not with --num-glimpses 3",
         ),
         ({"evaluate": "good.pt", "glimpse_policy": "random"}, "not with --glimpse-policy random"),
+        ({"evaluate": "good.pt", "dataset": "mnist"}, "made with --dataset digits, not with"),
         ({"resume": "good.pt", "optimizer": "sgd"}, "made with --optimizer adam, not with"),
         ({"resume": "good.pt", "learning_rate": 0.5}, "made with --learning-rate 0.001, not with"),
         ({"dataset": "mnist"}, "is damaged.*delete it"),
@@ -869,6 +878,11 @@ def test_bad_input_flags_of_training_stay_as_they_were(tmp_path):
     for name, value in changes.items():
         with pytest.raises(SystemExit, match=f"made with --{name.replace('_', '-')} .*, not with"):
             ram.main(dataclasses.replace(args, **{name: value}))
+    args = Args(task="catch", device="cpu", resume=args.resume)
+    state = {"net": ram.make_model(args).state_dict(), "args": dataclasses.asdict(args)}
+    ram.save_checkpoint(tmp_path / "checkpoint.pt", **state)
+    with pytest.raises(SystemExit, match=r"made with --entropy-cost .*, not with .* 0\.5"):
+        ram.main(dataclasses.replace(args, entropy_cost=0.5))
 
 
 def test_bad_input_is_refused_before_data_is_loaded(tmp_path, monkeypatch):

@@ -582,7 +582,9 @@ def spy_on_updates(monkeypatch):
 def test_math_two_learning_rates_fall_after_each_third(monkeypatch, tmp_path):
     seen = spy_on_updates(monkeypatch)
     args = Args(**{**TINY, "total_iterations": 6}, run_dir=str(tmp_path))
-    stn.main(dataclasses.replace(args, learning_rate=0.1, localisation_learning_rate=0.02))
+    rates = {"learning_rate": 0.1, "localisation_learning_rate": 0.02}
+    metrics = stn.main(dataclasses.replace(args, **rates))
+    assert metrics["charts/learning_rate"] == pytest.approx(0.1 / 10**2)
     for t, (net, groups, _, _) in enumerate(seen):
         expected = [0.1 / 10 ** (t // 2), 0.02 / 10 ** (t // 2)]
         assert [group["lr"] for group in groups] == pytest.approx(expected)
@@ -610,8 +612,11 @@ def test_math_the_error_counts_all_batches_of_a_set():
     assert metrics["eval/error"] == pytest.approx(100 * wrong)
 
 
-def test_math_the_test_set_is_of_test_digits_and_the_same_for_all_seeds(monkeypatch, tmp_path):
-    seen, evaluate = [], stn.evaluate
+def test_math_test_sets_are_of_test_digits_and_equal_for_all_seeds_unlike_weights(
+    monkeypatch, tmp_path
+):
+    nets, seen, evaluate = [], [], stn.evaluate
+    monkeypatch.setattr(stn, "update", lambda net, *_: nets.append(net) or torch.zeros(()))
     monkeypatch.setattr(
         stn, "evaluate", lambda net, args, test: seen.append(test) or evaluate(net, args, test)
     )
@@ -623,6 +628,7 @@ def test_math_the_test_set_is_of_test_digits_and_the_same_for_all_seeds(monkeypa
         where = str(tmp_path / str(seed))
         stn.main(dataclasses.replace(args, distortion="R", seed=seed, run_dir=where))
     assert torch.equal(seen[1].x, seen[2].x) and not torch.equal(seen[1].x, seen[0].x)
+    assert not torch.equal(nets[1].classifier[-1].weight, nets[2].classifier[-1].weight)
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -689,6 +695,21 @@ def test_math_film_has_a_row_for_each_transformer():
         assert np.array_equal(frame[:42].numpy(), first)
 
 
+def test_math_grids_of_both_transformers_are_drawn_over_the_input(monkeypatch, tmp_path):
+    kept = []
+    monkeypatch.setattr(stn.plt, "close", kept.append)
+    net = stn.make_transformer_network(Args(task="addition", num_transformers=2))
+    examples = stn.Examples(torch.rand(2, 2, 42, 42), None, None)
+    stn.draw_transformations(net, examples, tmp_path / "transformations.png")
+    for axis in kept[0].axes[:2]:
+        first, second = (axis.lines[i].get_xydata()[[0, -1]] for i in (0, 10))  # uppermost rows
+        np.testing.assert_allclose(first, [[-5.125, 0], [35.875, 0]], atol=1e-3)
+        np.testing.assert_allclose(second, [[5.125, 0], [46.125, 0]], atol=1e-3)
+    assert [len(axis.lines) for axis in kept[0].axes] == [20, 20, 0, 0, 0, 0]
+    monkeypatch.undo()
+    stn.plt.close(kept[0])
+
+
 def test_learns_on_with_the_film_and_the_flags_of_its_beginning(monkeypatch, tmp_path):
     save, saved = stn.save_checkpoint, []
 
@@ -699,16 +720,19 @@ def test_learns_on_with_the_film_and_the_flags_of_its_beginning(monkeypatch, tmp
     monkeypatch.setattr(stn, "save_checkpoint", keep_first)
     stn.main(Args(**TINY, run_dir=str(tmp_path / "whole")))
     (tmp_path / "half").mkdir()
-    (tmp_path / "half/checkpoint.pt").write_bytes(saved[0])
-    stn.main(Args(**TINY, resume=str(tmp_path / "half/checkpoint.pt")))
+    path = tmp_path / "half/checkpoint.pt"
+    path.write_bytes(saved[0])
+    torch.save(torch.load(path) | {"seconds": 6000.0}, path)
+    args = Args(**TINY, resume=str(path))
+    assert 100 < stn.main(args)["charts/minutes"] < 110
     films = [(tmp_path / run / "training.gif").read_bytes() for run in ("whole", "half")]
     assert films[0] == films[1]
-    args = Args(**TINY, resume=str(tmp_path / "half/checkpoint.pt"))
+    monkeypatch.setattr(stn, "load_mnist", lambda _, part: stn.load_digits(part))
     for name, other in {
         "task": "addition", "distortion": "P", "model": "cnn", "transform": "tps",
         "learning_rate": 0.5, "localisation_learning_rate": 0.5, "sgd_momentum": 0.5,
         "optimizer": "adam", "batch_size": 7, "fixed_distortions": True,
-        "total_iterations": 30, "seed": 2, "bfloat16": True,
+        "total_iterations": 30, "seed": 2, "bfloat16": True, "dataset": "mnist",
     }.items():  # fmt: skip
         with pytest.raises(SystemExit, match=f"was made with --{name.replace('_', '-')} "):
             stn.main(dataclasses.replace(args, **{name: other}))
@@ -773,17 +797,18 @@ def test_bad_input_a_transformer_that_left_the_image(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("at", "sentence"),
+    ("at", "every", "sentence"),
     [
-        ("make_examples", r"^Stopped\.$"),
-        ("update", r"^Stopped before the first checkpoint\.$"),
-        ("report", r"^Stopped; go on with the same flags and --resume .*checkpoint\.pt$"),
+        ("make_examples", 10, r"^Stopped\.$"),
+        ("update", 10, r"^Stopped before the first checkpoint\.$"),
+        ("report", 10, r"^Stopped; go on with the same flags and --resume .*checkpoint\.pt$"),
+        ("report", 20, r"^Stopped; evaluate with --evaluate .*checkpoint\.pt$"),
     ],
 )
-def test_bad_input_a_signal_ends_a_run_in_one_sentence(at, sentence, tmp_path, monkeypatch):
+def test_bad_input_a_signal_ends_a_run_in_one_sentence(at, every, sentence, tmp_path, monkeypatch):
     monkeypatch.setattr(stn, at, lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit, match=sentence):
-        stn.main(Args(**TINY, run_dir=str(tmp_path / "run")))
+        stn.main(Args(**TINY | {"report_every": every}, run_dir=str(tmp_path / "run")))
     assert (tmp_path / "run").exists() == (at != "make_examples")
 
 
