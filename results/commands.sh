@@ -136,7 +136,11 @@ for variant in baseline half pool roll-all roll-dense; do
     python cyclic_rotation_cnn.py --dataset plankton --image-size 47 --bfloat16 --variant $variant --epochs 10 --eval-every 2 --run-dir runs/cyclic_rotation_cnn/plankton/${variant}__seed1
 done
 
-# multi_object_attention.py: pairs and sums, on a GPU
+# multi_object_attention.py: pairs and sums
+python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --learning-rate-decay 0.984 --epochs 200 --no-hold-out --bfloat16 --run-dir runs/multi_object_attention/pairs/dram-60000__seed1
+python multi_object_attention.py --task addition --batch-size 256 --learning-rate 0.002 --learning-rate-decay 0.984 --epochs 200 --no-hold-out --bfloat16 --run-dir runs/multi_object_attention/addition/dram-60000__seed1
+
+# multi_object_attention.py: the same on a GPU, other models and patches
 export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1
 python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --learning-rate-decay 0.98 --epochs 160 --eval-every 10 --run-dir runs/multi_object_attention/pairs/dram__seed1
 python multi_object_attention.py --batch-size 256 --learning-rate 0.002 --epochs 120 --context none --eval-every 20 --run-dir runs/multi_object_attention/pairs/no-context__seed1

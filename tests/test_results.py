@@ -69,8 +69,8 @@ KEPT = {  # rows of results/README.md: the runs that they are the mean of, their
         "eval/error",
     ),
     "RAM, Catch": ("recurrent_visual_attention/catch/seed*.csv", "eval/caught"),
-    "DRAM, pairs": ("multi_object_attention/pairs/dram__seed*.csv", "eval/error"),
-    "DRAM, sums": ("multi_object_attention/addition/dram__seed*.csv", "eval/error"),
+    "DRAM, pairs": ("multi_object_attention/pairs/dram-60000__seed*.csv", "eval/error"),
+    "DRAM, sums": ("multi_object_attention/addition/dram-60000__seed*.csv", "eval/error"),
 }
 OTHERWISE = {  # read off curves, or from an evaluation of its own
     "A3C, mazes",
