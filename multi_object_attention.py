@@ -1067,8 +1067,8 @@ def check_reading(args: Args) -> None:
 
 KEPT = (  # flags that a resumed run has to share with its beginning
     *("seed", "batch_size", "optimizer", "learning_rate", "learning_rate_decay", "bfloat16"),
-    *("hold_out",),
-    *("location_rate", "reward", "reinforce_weight", "reinforce_into_core", "monte_carlo_samples"),
+    *("hold_out", "location_rate", "reward", "reinforce_weight", "reinforce_into_core"),
+    "monte_carlo_samples",
 )
 
 

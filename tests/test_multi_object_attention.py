@@ -1162,6 +1162,7 @@ def test_learns_where_to_look_from_rewards_alone():
 
 
 def test_learns_tiny_pairs(tiny, tmp_path):
+    start = time.perf_counter()
     args = dataclasses.replace(TINY, epochs=14, run_dir=str(tmp_path / "run"))
     metrics = dram.main(args)
     assert metrics["losses/cross_entropy"] < 0.5  # 1.04 without looking
@@ -1170,6 +1171,7 @@ def test_learns_tiny_pairs(tiny, tmp_path):
     checkpoint = str(tmp_path / "run" / "checkpoint.pt")
     evaluated = dram.main(dataclasses.replace(args, run_dir="", evaluate=checkpoint))
     assert evaluated == {tag: value for tag, value in metrics.items() if tag in evaluated}
+    assert time.perf_counter() - start < 120
 
 
 def test_learns_on_bit_for_bit_after_it_was_stopped(tiny, tmp_path):
