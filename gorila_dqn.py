@@ -36,6 +36,8 @@ Departures: ours (the paper's, or what is known of it)
       and 250,000 steps here; a learner that restarts takes the current parameters as its target
     a shard that dies falls back to its last own checkpoint, and may apply a gradient twice whose
       answer it owed; a memory that dies starts empty and waits for its first steps again (not told)
+    a learner asks for parameters when it has sent a gradient (before its next minibatch): what
+      others send in between, it gets with the one after
     actors fetch parameters every 100 steps within an episode, in a bundle with each minibatch, too
       (every step); each shard judges by itself whether a gradient is too old (not told)
     a memory of 1 million steps shared out among the actors (1 million each), 50,000 of them before
@@ -294,25 +296,28 @@ class ParameterServer:
     """
 
     def __init__(self, shards: Sequence[ParameterServerShard], wait: Callable = here):
-        self.shards, self.wait, self.pushed = shards, wait, []
+        self.shards, self.wait, self.answers = shards, wait, []
 
     def pull(self) -> tuple[np.ndarray, list[int]]:
-        """theta and the version of each slice, after the last gradient."""
-        answers = self.wait(self.pushed + [shard.pull() for shard in self.shards])
-        slices, versions = zip(*answers[len(self.pushed) :])
-        self.pushed = []
+        """theta and the version of each slice, no older than after the last gradient sent."""
+        answers = self.wait(self.answers or [shard.pull() for shard in self.shards])
+        slices, versions = zip(*answers[-len(self.shards) :])
+        self.answers = []
         return np.concatenate(slices), list(versions)
 
     def push(self, gradient: np.ndarray, versions: list[int]) -> None:
-        """Send a gradient with the versions of the slices that it was computed from."""
+        """Send a gradient with the versions of the slices it is of, and ask what becomes of them.
+
+        The next pull has the answer, which comes while the actor plays.
+        """
         parts = np.array_split(gradient, len(self.shards))
         calls = zip(self.shards, parts, versions, strict=True)
-        self.pushed = [shard.push(part, version) for shard, part, version in calls]
+        self.answers = [shard.push(part, version) for shard, part, version in calls]
+        self.answers += [shard.pull() for shard in self.shards]
 
     def settle(self) -> None:
         """Wait until the shards have dealt with the last gradient."""
-        self.wait(self.pushed)
-        self.pushed = []
+        self.wait(self.answers)
 
 
 def flat(tensors: Iterable[Tensor]) -> np.ndarray:

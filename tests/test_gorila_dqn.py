@@ -199,6 +199,28 @@ def test_math_pulled_parameters_do_not_change_with_the_server(tmp_path):
     assert (pulled == 0).all() and (server.pull()[0] == -np.float32(0.01)).all()
 
 
+def test_the_parameters_after_a_gradient_are_asked_for_with_it_and_waited_for_later():
+    calls = []
+
+    class Shard:
+        def pull(self):
+            calls.append("pull")
+            return np.zeros(2), 0
+
+        def push(self, gradient, version):
+            calls.append(f"push {gradient.tolist()} {version}")
+
+    server = ParameterServer([Shard(), Shard()], lambda answers: calls.append("wait") or answers)
+    server.pull()
+    server.push(np.array([1, 2, 3]), [4, 5])
+    assert calls == ["pull", "pull", "wait", "push [1, 2] 4", "push [3] 5", "pull", "pull"]
+    calls.clear()
+    server.settle()
+    assert server.pull()[1] == [0, 0] and calls == ["wait", "wait"]
+    server.pull()  # it may come twice, as an actor's and a learner's: then it asks again
+    assert calls == ["wait", "wait", "pull", "pull", "wait"]
+
+
 @pytest.mark.parametrize("delay", [0, 1, 3, 4, 10])
 def test_math_gradients_past_the_staleness_bound_are_rejected_and_counted(delay, tmp_path):
     """After each fresh gradient comes another that took `delay` versions to arrive."""

@@ -3,10 +3,11 @@
     Measures   steps/s of one process: random actions; acting and learning as a worker does
     Run        python results/speed/a3c_domains.py --output results/speed/a3c_domains.md
     Needs      an idle machine; MuJoCo, pygame and OpenGL for the rows that use them
-    Takes      2 minutes
+    Takes      3 minutes
 
-What a worker does is done in this process: copy the parameters, act, update. An environment that
-cannot be made has no row but a line that says why.
+What a worker does is done in this process: copy the parameters, act, update; once an episode or,
+as in the scripts' Run lines, once a segment of --t-max steps. An environment that cannot be made
+has no row but a line that says why.
 """
 
 import copy
@@ -33,11 +34,16 @@ class Args:
 
 Call = Callable[[], None]
 
-EPISODES = {  # always of so many steps
-    "Pendulum-v1": 200,
-    "Pendulum-v1 --pixels": 200,
-    "Reacher-v5": 50,
-    "HalfCheetah-v5": 1000,
+EPISODES = {"Pendulum-v1": 200, "Reacher-v5": 50, "HalfCheetah-v5": 1000}  # steps, always
+
+WORKERS = {  # flags of a3c_continuous.py
+    "Pendulum-v1": {},
+    "Pendulum-v1 --t-max 20": {"t_max": 20},
+    "Pendulum-v1 --pixels": {"pixels": True},
+    "Reacher-v5": {},
+    "Reacher-v5 --t-max 5": {"t_max": 5},
+    "HalfCheetah-v5": {},
+    "HalfCheetah-v5 --t-max 20": {"t_max": 20},
 }
 
 
@@ -69,47 +75,45 @@ def worker(script: ModuleType, played: Iterator, net: nn.Module, args) -> Call:
     return call
 
 
-def continuous(env_id: str, pixels: bool, steps: int) -> tuple[Call, Call]:
-    """A call is a whole episode."""
-    args = a3c_continuous.Args(env_id=env_id, pixels=pixels)
-    alone, env = (a3c_continuous.make_env(env_id, pixels) for _ in range(2))
+def continuous(name: str) -> tuple[Call, int, Call, int]:
+    """What is called and how many steps it takes: of the environment alone, of a worker."""
+    env_id = name.split()[0]
+    args = a3c_continuous.Args(env_id=env_id, **WORKERS[name])
+    alone, env = (a3c_continuous.make_env(env_id, args.pixels) for _ in range(2))
     shapes = env.observation_space.shape, *env.action_space.shape
     net = a3c_continuous.GaussianActorCritic(*shapes)
-    played = a3c_continuous.play_alone(env, 0, net, args.t_max)
-    return random_actions(alone, steps), worker(a3c_continuous, played, net, args)
+    learner = worker(a3c_continuous, a3c_continuous.play_alone(env, 0, net, args.t_max), net, args)
+    steps = EPISODES[env_id]
+    return random_actions(alone, steps), steps, learner, args.t_max or steps
 
 
-def maze(env_id: str) -> tuple[Call, Call, int]:
-    """A call is a segment. Both walk in one maze, because a process cannot hold two."""
+def maze(env_id: str) -> tuple[Call, int, Call, int]:
+    """The same. Both walk in one maze, because a process cannot hold two."""
     args = a3c_maze.Args(env_id=env_id)
     env = a3c_maze.make_env(args)
     net = a3c_maze.MazeActorCritic(env.action_space.n)
-    walks = a3c_maze.explore_mazes(env, 0, net, args.t_max)
-    return random_actions(env, args.t_max), worker(a3c_maze, walks, net, args), args.t_max
+    learner = worker(a3c_maze, a3c_maze.explore_mazes(env, 0, net, args.t_max), net, args)
+    return random_actions(env, args.t_max), args.t_max, learner, args.t_max
 
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)  # as in a worker
     contenders, steps, missing = {}, {}, []
-    for name in (*EPISODES, "MiniWorld-MazeS3-v0"):
+    for name in (*WORKERS, "MiniWorld-MazeS3-v0"):
+        alone, learner = f"{name}, random actions", f"{name}, worker"
         try:
-            if name in EPISODES:
-                env_id, *pixels = name.split()
-                steps[name] = EPISODES[name]
-                alone, learner = continuous(env_id, bool(pixels), steps[name])
-            else:
-                alone, learner, steps[name] = maze(name)
+            made = continuous(name) if name in WORKERS else maze(name)
         except SystemExit as error:
             missing.append(str(error))
             continue
-        contenders |= {f"{name}, random actions": alone, f"{name}, worker": learner}
+        contenders[alone], steps[alone], contenders[learner], steps[learner] = made
 
     took = race(contenders, args.rounds, args.seconds)
+    speeds = {name: 1000 * steps[name] / milliseconds for name, milliseconds in took.items()}
     rows = []
-    for contender, milliseconds in took.items():
-        name = contender.split(",")[0]
-        part = f"{100 * took[f'{name}, random actions'] / milliseconds:.0f}"
-        rows.append([contender, f"{1000 * steps[name] / milliseconds:,.0f}", part])
+    for contender, speed in speeds.items():
+        part = 100 * speed / speeds[f"{contender.split(',')[0]}, random actions"]
+        rows.append([contender, f"{speed:,.0f}", f"{part:.0f}"])
     titles = ["one process", "steps/s", "% of the environment alone"]
     table = markdown(titles, rows)
     publish("A3C in continuous domains and mazes", 1, [table, *missing], args.output)
