@@ -22,6 +22,7 @@ Departures: ours (the paper's)
     the Run lines of mazes: learning rate and RMSProp's epsilon 1e-3, discount 0.95, 4 games a
       worker, 10 million steps (200 million); with a curriculum goals move away every 250,000 (2
       million). That of Atari: 3 million steps of one agent (500 million, the best five of many)
+    layers of the features begin orthogonal (not told); without, learning begins later
     tanh in the planner's perceptron (not told; with ReLU plans can grow exponentially)
     at first A is 0 and c 1, the patch lies over the next K steps and a plan lasts 5 at most (not
       told); the grid's position is a sigmoid times the plan's length, from column 1 on for c, so it
@@ -328,6 +329,15 @@ class StrategicAttentiveWriter(nn.Module):
         return Output(y, Plan(F.pad(A, (0, self.T - len(t))), c), g, kl[g].sum(), c_0.sum())
 
 
+def make_orthogonal(module: nn.Module, gain: float) -> None:
+    """A module's weights become orthogonal times gain, its biases 0 (Saxe et al. 2014)."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.orthogonal_(parameter, gain)
+        else:
+            nn.init.zeros_(parameter)
+
+
 class ImageFeatures(nn.Sequential):
     """zeta [M, 128] of images [M, H, W, C] in bytes."""
 
@@ -339,6 +349,7 @@ class ImageFeatures(nn.Sequential):
             size = 16 * H * W
         layers = first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(size, 128), nn.ReLU()
         super().__init__(*layers)
+        make_orthogonal(self, 2**0.5)
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def forward(self, images: Tensor) -> Tensor:

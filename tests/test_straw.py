@@ -488,6 +488,16 @@ def test_math_an_episode_begins_with_an_empty_plan_that_is_replaced(model):
     torch.testing.assert_close(out.y[0, 1], plan.A[1, :, 1])  # committed: its next column
 
 
+@pytest.mark.parametrize("task, shape", [("maze", (7, 7, 3)), ("atari", (84, 84, 12))])
+def test_math_features_begin_orthogonal(task, shape):
+    layers = [m for m in straw.ImageFeatures(task, shape) if hasattr(m, "weight")]
+    assert len(layers) == 3 and not any(layer.bias.any() for layer in layers)
+    for layer in layers:
+        W = layer.weight.detach().flatten(1)
+        W = W if len(W) <= W.shape[1] else W.T
+        torch.testing.assert_close(W @ W.T, 2 * torch.eye(len(W)), atol=1e-4, rtol=0)
+
+
 @each_planner
 def test_math_committed_steps_do_not_look(model):
     net, args = policy(model)
