@@ -20,6 +20,7 @@ python a3c_continuous.py --env-id HalfCheetah-v5 --t-max 20 --learning-rate 1e-4
 # a3c_maze.py
 python a3c_maze.py --num-workers 2 --total-timesteps 8000000 --eval-episodes 100 --capture-video --run-dir runs/a3c_maze/apples/seed1
 python a3c_maze.py --evaluate runs/a3c_maze/apples/seed1/checkpoint.pt --eval-episodes 100
+python a3c_maze.py --evaluate runs/a3c_maze/apples/seed1/checkpoint.pt --eval-episodes 200 --seed 2
 python a3c_maze.py --evaluate runs/a3c_maze/apples/seed1/checkpoint.pt --eval-episodes 100 --random-walk
 
 # prong.py: condition of the Fisher matrix
