@@ -29,7 +29,8 @@ Departures: ours (the paper's)
     at first A is 0 and c 1, the patch lies over the next K steps and a plan lasts 5 at most (not
       told); the grid's position is a sigmoid times the plan's length, from column 1 on for c, so it
       cannot leave it (DRAW: linear); its stride is exp(psi) columns (DRAW: (T - 1) / (K - 1)
-      exp(psi)), psi_c's is not used
+      exp(psi)), psi_c's is not used; stride and width stay between 1 / T and T columns
+    STRAWe's noise begins with a sigma of about exp(-2) (not told)
     lambda is paid for c_0 after the shift: of a committed step the chance that it was drawn with,
       of one that replans an entry that no gate is drawn from (the index in eq. 3 is hard to read)
     the last entry of a written commitment plan is 1, so that at the end of a plan there is another,
@@ -159,9 +160,14 @@ def attended_column(psi: Tensor, first: int, last: int) -> Tensor:
     return first + (last - first) * psi.sigmoid()
 
 
+def attended_columns(psi: Tensor, T: int) -> Tensor:
+    """How far or wide, by exp; from a T-th of a column to T, so that nothing overflows."""
+    return psi.clamp(-math.log(T), math.log(T)).exp()
+
+
 def attention_grid(psi: Tensor, K: int, T: int) -> tuple[Tensor, Tensor]:
     """Centres mu [..., K] and width sigma [..., 1] of K Gaussians, from psi [..., 3]."""
-    stride, sigma = psi[..., 1:].exp().split(1, -1)
+    stride, sigma = attended_columns(psi[..., 1:], T).split(1, -1)
     k = torch.arange(K) - (K - 1) / 2
     return attended_column(psi[..., :1], 0, T - 1) + k * stride, sigma
 
@@ -190,9 +196,10 @@ def commitment_plan(psi_c: Tensor, b: Tensor, t: Tensor) -> Tensor:
     One Gaussian makes it almost certain where it lies, b is the chance before that. At the last
     column it is certain, so that no plan is the last.
     """
-    mu, sigma = attended_column(psi_c[:, :1], 1, len(t) - 1), psi_c[:, 2:].exp()
+    T = len(t)
+    mu, sigma = attended_column(psi_c[:, :1], 1, T - 1), attended_columns(psi_c[:, 2:], T)
     c = (b + E * attention_filters(mu, sigma, t)[:, 0]).sigmoid()
-    return torch.where(t < len(t) - 1, c, 1.0)
+    return torch.where(t < T - 1, c, 1.0)
 
 
 FIXED_COMMITMENTS = {  # the ablations of figure 6 as commitment plans
@@ -222,6 +229,7 @@ class NoisyChannel(nn.Module):
     def __init__(self, num_features: int, noise_size: int):
         super().__init__()
         self.mu_and_log_sigma = nn.Linear(num_features, noise_size + 1)
+        nn.init.constant_(self.mu_and_log_sigma.bias[-1:], -2)  # at first mu is not lost in noise
 
     def forward(self, zeta: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """z [..., d] and the KL [...] that it costs."""

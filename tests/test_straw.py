@@ -184,6 +184,11 @@ def test_math_filters_stay_on_the_plan_however_wild_psi_is():
     assert where.argmax(-1).flatten().tolist() == [0, 49]
     wild = torch.tensor([[-90.0], [0.0], [90.0]])
     assert straw.attended_column(wild, 1, 49).flatten().tolist() == [1, 25, 49]
+    torch.testing.assert_close(straw.attended_columns(wild, 50), torch.tensor([[0.02], [1], [50]]))
+    for psi in ([[0.0, 999.0, 999.0]], [[9.0, 999.0, -999.0]]):  # exp would overflow
+        assert filters_of(torch.tensor(psi), 10, 50).isfinite().all()
+        c = straw.commitment_plan(torch.tensor(psi), torch.tensor(0.0), torch.arange(50))
+        assert c.isfinite().all()
 
 
 @pytest.mark.parametrize("planned", [0, 17])
@@ -263,6 +268,8 @@ def test_math_noisy_channel_samples_its_gaussian():
     torch.testing.assert_close(z.std(0), sigma.expand(5), atol=0.02, rtol=0)
     expected = kl_divergence(Normal(mu, sigma.expand(5)), Normal(0.0, 1.0)).sum()
     torch.testing.assert_close(kl[0], expected)
+    sigma_of_nothing = noise_of(channel, torch.zeros(6))[1]
+    assert sigma_of_nothing.item() == pytest.approx(math.exp(-2))
 
 
 def test_gradient_passes_through_the_noise_to_mean_and_deviation():
