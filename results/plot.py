@@ -307,11 +307,14 @@ for distortion, (what, *errors) in TRANSFORMED.items():
             )
         )
 
-OPTIMAL = (("optimal", "straw/maze_15/strawe__seed1.csv", "charts/optimal_return"),)
+OPTIMAL_11, OPTIMAL_15 = (
+    (("optimal", f"straw/maze_{size}/strawe__seed1.csv", "charts/optimal_return"),)
+    for size in (11, 15)
+)
 for folder, title, y, beside in (
-    ("straw/maze_11", "STRAW in mazes of 11x11 cells", "return of a training episode", ()),
-    ("straw/ablations", "STRAWe in the same mazes", "return of a training episode", ()),
-    ("straw/maze_15", "STRAW in mazes of 15x15 cells, goals ever farther", "return", OPTIMAL),
+    ("straw/maze_11", "STRAW in mazes of 11x11 cells, goals ever farther", "return", OPTIMAL_11),
+    ("straw/ablations", "STRAW in the same mazes", "return of a training episode", OPTIMAL_11),
+    ("straw/maze_15", "STRAW in mazes of 15x15 cells, goals ever farther", "return", OPTIMAL_15),
     ("straw/ms_pacman", "STRAW on Ms. Pacman, a short run", "score of a training game", ()),
     ("straw/frostbite", "STRAW on Frostbite, a short run", "score of a training game", ()),
     ("gorila_dqn/pong", "Gorila on Pong, bundles on 2 cores", "score of a training game", ()),

@@ -102,7 +102,7 @@ def measure_models(args: Args) -> list[tuple]:
 
 
 def measure_economy(args: Args) -> list[tuple]:
-    """Rows of the second table: seconds of evaluations of one checkpoint, looking always or not.
+    """Rows of the second table: how long evaluations of one checkpoint take, looking always or not.
 
     All of them, with the making and playing of games, then those of the network alone.
     """
@@ -129,7 +129,8 @@ def measure_economy(args: Args) -> list[tuple]:
     for what, seconds in (("the evaluation", whole), ("the network", inside)):
         always, economic = median(seconds[False]), median(seconds[True])
         saved = f"{100 * (1 - economic / always):.0f} %"
-        rows.append((what, f"{committed:.0f} %", f"{always:.2f}", f"{economic:.2f}", saved))
+        milliseconds = (f"{1000 * always:.1f}", f"{1000 * economic:.1f}")
+        rows.append((what, f"{committed:.0f} %", *milliseconds, saved))
     return rows
 
 
@@ -151,7 +152,7 @@ def main(args: Args) -> str:
     if args.tasks:
         sections.append((("task", "model", "steps/s", "times lstm"), measure_models))
     if args.checkpoint:
-        titles = ("of", "committed", "seconds, looking always", "seconds, economic", "saved")
+        titles = ("of", "committed", "ms, looking always", "ms, economic", "saved")
         sections.append((titles, measure_economy))
     tables = "\n\n".join(markdown(titles, measured(args)) for titles, measured in sections[::-1])
     given = asdict(args) | {"tasks": " ".join(args.tasks)}
