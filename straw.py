@@ -162,14 +162,14 @@ def attended_column(psi: Tensor, first: int, last: int) -> Tensor:
     return first + (last - first) * psi.sigmoid()
 
 
-def attended_columns(psi: Tensor, T: int) -> Tensor:
-    """How far or wide, by exp; from a T-th of a column to T, so that nothing overflows."""
+def extent(psi: Tensor, T: int) -> Tensor:
+    """A stride or a width: exp(psi) columns, from 1 / T to T so that nothing overflows."""
     return psi.clamp(-math.log(T), math.log(T)).exp()
 
 
 def attention_grid(psi: Tensor, K: int, T: int) -> tuple[Tensor, Tensor]:
     """Centres mu [..., K] and width sigma [..., 1] of K Gaussians, from psi [..., 3]."""
-    stride, sigma = attended_columns(psi[..., 1:], T).split(1, -1)
+    stride, sigma = extent(psi[..., 1:], T).split(1, -1)
     k = torch.arange(K) - (K - 1) / 2
     return attended_column(psi[..., :1], 0, T - 1) + k * stride, sigma
 
@@ -199,7 +199,7 @@ def commitment_plan(psi_c: Tensor, b: Tensor, t: Tensor) -> Tensor:
     column it is certain, so that no plan is the last.
     """
     T = len(t)
-    mu, sigma = attended_column(psi_c[:, :1], 1, T - 1), attended_columns(psi_c[:, 2:], T)
+    mu, sigma = attended_column(psi_c[:, :1], 1, T - 1), extent(psi_c[:, 2:], T)
     c = (b + E * attention_filters(mu, sigma, t)[:, 0]).sigmoid()
     return torch.where(t < T - 1, c, 1.0)
 
@@ -722,12 +722,16 @@ FREQUENT = 100  # n-grams up to this rank count as frequent
 
 
 def macro_action_metrics(rows: list[tuple], length: int) -> dict[str, float]:
-    """How far the ranks agree, and the percentage of macro-actions that are frequent n-grams."""
+    """How far the ranks agree, and the percentage of macro-actions that are frequent n-grams.
+
+    Of how many different ones, too: a network that has learned nothing may write blanks alone.
+    """
     if not rows:
         return {}
     _, _, uses, true_ranks, _ = zip(*rows)
     frequent = sum(rank <= FREQUENT for rank in true_ranks) / len(rows)
-    metrics = {f"eval/macro_{length}_frequent": 100 * frequent}  # percent
+    metrics = {f"eval/macro_{length}_strings": float(len(rows))}
+    metrics[f"eval/macro_{length}_frequent"] = 100 * frequent  # percent of these
     if len(set(uses)) > 1 and len(set(true_ranks)) > 1:
         agreement = rank_correlation(np.negative(uses), true_ranks)
         metrics[f"eval/macro_{length}_rank_correlation"] = agreement
@@ -1107,7 +1111,10 @@ def film_plan(net: nn.Module, args: Args, step: int, path: Path) -> None:
 
 
 def draw_commitments(histogram: Tensor, path: Path) -> None:
-    """How long macro-actions were over training, from histogram [PERIODS, LONGEST + 1]."""
+    """How long macro-actions were over training, from histogram [PERIODS, LONGEST + 1].
+
+    Up to the longest that is a percent of any period's.
+    """
     from matplotlib.figure import Figure
 
     lengths = histogram[:, 1:].double()
@@ -1116,7 +1123,8 @@ def draw_commitments(histogram: Tensor, path: Path) -> None:
     scale = {"origin": "lower", "aspect": "auto", "extent": (0, 100, 0.5, LONGEST + 0.5)}
     axis.figure.colorbar(axis.imshow(percent.T.numpy(), **scale), label="macro-actions (%)")
     axis.set(xlabel="training (% of --total-timesteps)", title="commitments")
-    axis.set(ylabel=f"length (steps; {LONGEST}: or more)")
+    longest = max((percent >= 1).any(0).nonzero().flatten().tolist(), default=0) + 1
+    axis.set(ylabel=f"length (steps; {LONGEST}: or more)", ylim=(0.5, longest + 0.5))
     axis.figure.savefig(path)
 
 

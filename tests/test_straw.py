@@ -184,7 +184,7 @@ def test_math_filters_stay_on_the_plan_however_wild_psi_is():
     assert where.argmax(-1).flatten().tolist() == [0, 49]
     wild = torch.tensor([[-90.0], [0.0], [90.0]])
     assert straw.attended_column(wild, 1, 49).flatten().tolist() == [1, 25, 49]
-    torch.testing.assert_close(straw.attended_columns(wild, 50), torch.tensor([[0.02], [1], [50]]))
+    torch.testing.assert_close(straw.extent(wild, 50), torch.tensor([[0.02], [1], [50]]))
     for psi in ([[0.0, 999.0, 999.0]], [[9.0, 999.0, -999.0]]):  # exp would overflow
         assert filters_of(torch.tensor(psi), 10, 50).isfinite().all()
         c = straw.commitment_plan(torch.tensor(psi), torch.tensor(0.0), torch.arange(50))
@@ -1055,7 +1055,12 @@ def test_math_the_picture_of_commitments_is_in_percent_of_each_period(tmp_path, 
     shown, histogram = pictures(monkeypatch), torch.zeros(straw.PERIODS, straw.LONGEST + 1).long()
     histogram[3, :4] = torch.tensor([9, 1, 0, 3])  # age 0: there was no macro-action
     histogram[49, 40] = 5
+    limits, set_limits = [], matplotlib.axes.Axes.set_ylim
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "set_ylim", lambda *a, **b: (limits.append(a), set_limits(*a, **b))[1]
+    )
     straw.draw_commitments(histogram, tmp_path / "commitments.png")
+    assert limits[-1][1:] == ((0.5, 40.5),)
     ((percent, how),) = shown
     assert percent.shape == (40, 50) and how["origin"] == "lower"  # length 1 lies lowest
     assert how["extent"] == (0, 100, 0.5, 40.5)
@@ -1168,6 +1173,7 @@ def test_math_ranks_of_macro_actions():
     assert straw.macro_action_metrics([], 3) == {}
     rows = [(1, "abc", 9, 100, 7), (2, "abd", 5, 101, 6)]
     assert straw.macro_action_metrics(rows, 3)["eval/macro_3_frequent"] == 50
+    assert straw.macro_action_metrics(rows, 3)["eval/macro_3_strings"] == 2
     used = Counter({(i,): 99 - i for i in range(30)})
     rows = straw.rank_macro_actions(used, Counter(), "x" * 30)
     assert [row[0] for row in rows] == list(range(1, 21))
