@@ -50,7 +50,7 @@ import sys
 import time
 import urllib.request
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial, reduce
 from http.client import HTTPException
@@ -123,7 +123,7 @@ class Prior(NamedTuple):
         """log of the first part's density over the second's, each with its weight."""
         slope = (self.sigma_2**-2 - self.sigma_1**-2) / 2
         at_0 = math.log(self.pi / (1 - self.pi) * self.sigma_2 / self.sigma_1)
-        return torch.addcmul(w.new_tensor(at_0), w, w, value=slope)
+        return torch.addcmul(w.new_full((), at_0), w, w, value=slope)
 
     def log_density(self, w: Tensor) -> Tensor:
         """log P(w_j) of each weight: log(a + b) = log a + log(1 + b / a), never the log of 0."""
@@ -254,7 +254,7 @@ def kl_weight(i: int, M: int, kl_weighting: str) -> float:
 def minibatch_cost(
     weights: nn.Module,
     negative_log_likelihood: Callable[[Tensor], Tensor],
-    pi_i: float,
+    pi_i: float | Tensor,
     prior: Prior,
     samples: int,
     valued: bool = True,
@@ -588,7 +588,7 @@ def update(
     weights: nn.Module,
     optimizer: torch.optim.Optimizer,
     negative_log_likelihood: Callable[[Tensor], Tensor],
-    pi_i: float,
+    pi_i: float | Tensor,
     batch_size: int,
     prior: Prior,
     samples: int,
@@ -599,6 +599,30 @@ def update(
     ((kl + error) / batch_size).backward()
     optimizer.step()
     return error.detach()
+
+
+def learn_from(
+    minibatches: Iterator[tuple[Tensor, ...]], learn: Callable[..., Tensor]
+) -> Iterator[Tensor]:
+    """What learn says of each minibatch.
+
+    A GPU is done with a small network's step before Python has launched the next. So there the
+    fourth step is recorded as a CUDA graph, learning rates included, and repeated with the
+    minibatches that follow. Whatever has another size, like the last one, is learned step by step.
+    """
+    graph, recorded = None, ()
+    for n, minibatch in enumerate(minibatches):
+        if minibatch[0].is_cuda and n == 3:
+            recorded, graph = [part.clone() for part in minibatch], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                said = learn(*recorded)
+        if graph is not None and len(minibatch[0]) == len(recorded[0]):
+            for there, here in zip(recorded, minibatch):
+                there.copy_(here)
+            graph.replay()
+            yield said.clone()
+        else:
+            yield learn(*minibatch)
 
 
 @torch.no_grad()
@@ -729,23 +753,29 @@ def run_mnist(args: Args, device: str) -> dict[str, float]:
         if first_epoch > args.epochs:
             raise SystemExit(f"{args.resume} has had {first_epoch - 1} epochs: raise --epochs.")
 
+    def learn(batch: Tensor, pi_i: Tensor) -> Tensor:
+        """One update from the chosen images; the error term of its cost."""
+
+        def negative_log_likelihood(w: Tensor) -> Tensor:
+            logits = network(x[batch], w, sizes, dropout)
+            return F.cross_entropy(logits, y[batch], reduction="sum")
+
+        how = pi_i, args.batch_size, prior, args.samples
+        return update(weights, optimizer, negative_log_likelihood, *how)
+
     writer, finished = open_writer(args, f"{args.task}_{args.method}"), False
     try:
         for epoch in tqdm(range(first_epoch, args.epochs + 1), unit="epoch", disable=None):
             start, errors = time.perf_counter(), []
             learning_rate = learning_rate_at(epoch, args)
-            optimizer.param_groups[0]["lr"] = learning_rate
+            optimizer.param_groups[0] |= {"lr": learning_rate, "capturable": device == "cuda"}
             batches = torch.randperm(len(x)).to(device).split(args.batch_size)
-            for i, batch in enumerate(batches, start=1):
-
-                def negative_log_likelihood(w: Tensor, batch: Tensor = batch) -> Tensor:
-                    logits = network(x[batch], w, sizes, dropout)
-                    return F.cross_entropy(logits, y[batch], reduction="sum")
-
-                pi_i = kl_weight(i, len(batches), args.kl_weighting)
-                how = pi_i, args.batch_size, prior, args.samples
-                errors.append(update(weights, optimizer, negative_log_likelihood, *how))
-                refuse_infinity(errors[-1].item(), f"in step {i} of epoch {epoch}")
+            M = len(batches)
+            pi = [kl_weight(i, M, args.kl_weighting) for i in range(1, M + 1)]
+            shares = torch.tensor(pi, dtype=torch.float64, device=device)
+            for error in learn_from(zip(batches, shares), learn):
+                refuse_infinity(error.item(), f"in step {len(errors) + 1} of epoch {epoch}")
+                errors.append(error)
             kl, error = weights.sample(prior)[1].item(), torch.stack(errors).sum().item()
             refuse_infinity(weights.mean().sum().item(), f"at the end of epoch {epoch}")
             took = time.perf_counter() - start

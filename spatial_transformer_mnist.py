@@ -64,7 +64,7 @@ import time
 import urllib.request
 import zlib
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from http.client import HTTPException
@@ -587,6 +587,30 @@ def update(
     return loss.detach()
 
 
+def learn_from(
+    minibatches: Iterator[tuple[Tensor, ...]], learn: Callable[..., Tensor]
+) -> Iterator[Tensor]:
+    """What learn says of each minibatch.
+
+    A GPU is done with a small network's step before Python has launched the next. So there the
+    fourth step is recorded as a CUDA graph, learning rates included, and repeated with the
+    minibatches that follow. Whatever has another size, like the last one, is learned step by step.
+    """
+    graph, recorded = None, ()
+    for n, minibatch in enumerate(minibatches):
+        if minibatch[0].is_cuda and n == 3:
+            recorded, graph = [part.clone() for part in minibatch], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                said = learn(*recorded)
+        if graph is not None and len(minibatch[0]) == len(recorded[0]):
+            for there, here in zip(recorded, minibatch):
+                there.copy_(here)
+            graph.replay()
+            yield said.clone()
+        else:
+            yield learn(*minibatch)
+
+
 def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) -> None:
     """An endless film; where it cannot be written, a line says so and the run goes on."""
     first, *others = pictures
@@ -841,20 +865,29 @@ def run(args: Args, device: str) -> dict[str, float]:
     bar = tqdm(total=args.total_iterations, initial=t, unit="update", disable=None)
     losses, start = [], time.perf_counter()
     base = (args.learning_rate, args.localisation_learning_rate)
-    try:
-        while t < args.total_iterations:
-            for group, rate in zip(optimizer.param_groups, base):
-                group["lr"] = rate / 10 ** (3 * t // args.total_iterations)
+
+    def minibatches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pictures and their classes, each made after the last one's step."""
+        for _ in range(count):
             size = (args.batch_size,)
             chosen = torch.randint(len(digits), size, generator=generator, device=device)
             if args.fixed_distortions:
-                x, y = fixed.x[chosen], fixed.y[chosen]
+                yield fixed.x[chosen], fixed.y[chosen]
             else:
-                x, y, _ = make_examples(digits, labels, chosen, args, generator)
-            losses.append(update(net, optimizer, x, y))
-            t += 1
-            refuse_infinity(losses[-1].item(), f"at update {t}")
-            bar.update()
+                yield make_examples(digits, labels, chosen, args, generator)[:2]
+
+    try:
+        while t < args.total_iterations:
+            third = 3 * t // args.total_iterations
+            for group, rate in zip(optimizer.param_groups, base):
+                group |= {"lr": rate / 10**third, "capturable": device == "cuda"}
+            drop = math.ceil((third + 1) * args.total_iterations / 3)
+            until = min(t + args.report_every - t % args.report_every, drop)
+            for loss in learn_from(minibatches(until - t), partial(update, net, optimizer)):
+                losses.append(loss)
+                t += 1
+                refuse_infinity(loss.item(), f"at update {t}")
+                bar.update()
             if t % args.report_every and t < args.total_iterations:
                 continue
 

@@ -24,6 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -70,6 +72,7 @@ class Args:
     reference: float = 0.5  # mean return of a report at which a run has arrived
     max_timesteps: int = 150_000  # of a run; its learning rate falls to 0 over twice that
     report_every: int = 2_000  # steps
+    cores: int = 0  # that runs share, a core a worker, side by side as they fit; 0: one by one
     many_games: bool = False  # eight games a worker, orthogonal weights and RMSProp's epsilon 1e-3
 
 
@@ -164,6 +167,22 @@ def measure(run: Run, args: Args) -> list:
     return [*row, *when, f"{score:.3f}"]
 
 
+def measure_all(runs: list[Run], args: Args) -> Iterator[list]:
+    """Rows as they come; a run begins when --cores has as many free ones as it has workers."""
+    cores, going = max(args.cores, 1), {}  # going: the cores of each run
+    waiting = sorted(runs, key=lambda run: (run.seed, -run.workers)) if args.cores else list(runs)
+    with ThreadPoolExecutor(cores) as pool:
+        while waiting or going:
+            for run in list(waiting):
+                needed = min(run.workers, cores)
+                if needed <= cores - sum(going.values()):
+                    waiting.remove(run)
+                    going[pool.submit(measure, run, args)] = needed
+            for ended in wait(going, return_when=FIRST_COMPLETED).done:
+                del going[ended]
+                yield ended.result()
+
+
 def read(path: Path, args: Args) -> list[dict[str, str]]:
     """The runs that were made with these flags."""
     if not path.exists():
@@ -242,16 +261,15 @@ def main(args: Args) -> str:
     had = {tuple(row[name] for name in SETTINGS) for row in read(path, args)}
     if not path.exists():
         path.write_text(",".join(SETTINGS + SHARED + FOUND) + "\n")
-    try:
-        for run in tqdm(plan(args), unit="run", disable=None):
-            if (run.method, *map(str, (run.workers, run.seed, run.learning_rate))) in had:
-                continue
-            row = measure(run, args)
-            with open(path, "a", newline="") as file:
-                csv.writer(file).writerow(row)
-            tqdm.write(", ".join(map(str, row)))
-    except KeyboardInterrupt:
-        raise SystemExit(f"Stopped; {path} keeps what was measured.") from None
+    runs = [
+        run
+        for run in plan(args)
+        if (run.method, *map(str, (run.workers, run.seed, run.learning_rate))) not in had
+    ]
+    for row in tqdm(measure_all(runs, args), total=len(runs), unit="run", disable=None):
+        with open(path, "a", newline="") as file:
+            csv.writer(file).writerow(row)
+        tqdm.write(", ".join(map(str, row)))
     if args.part == "workers":
         rows = read(path, args)
         return table(rows, args.workers, METHODS) + "\n\n" + claims(rows, args.workers)

@@ -12,6 +12,7 @@ import math
 import signal
 import subprocess
 import sys
+from itertools import starmap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -485,6 +486,34 @@ def test_math_shares_of_a_run_sum_to_one_in_an_epoch(task, weighting, tmp_path, 
     bbb.main(dataclasses.replace(args, **short[task]))
     assert math.fsum(shares) == pytest.approx(1, abs=1e-9) and len(shares) in (8, 10, 64)
     assert (shares[0] >= 0.5) == (weighting == "blundell")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["bbb", "dropout", "sgd"])
+def test_math_recorded_steps_train_as_those_made_one_by_one(method, monkeypatch, tmp_path):
+    errors = []
+    for learn_from in (bbb.learn_from, lambda minibatches, learn: starmap(learn, minibatches)):
+        monkeypatch.setattr(bbb, "learn_from", learn_from)
+        flags = {"method": method, "epochs": 2, "batch_size": 32, "device": "cuda"}
+        run_dir = str(tmp_path / str(len(errors)))
+        errors.append(bbb.main(Args(**TINY, **flags, run_dir=run_dir))["losses/error"])
+    assert errors[0] == pytest.approx(errors[1], rel=0.2 if method == "dropout" else 0.05)
+
+
+def test_learns_on_with_an_optimizer_fit_for_its_own_device(tmp_path):
+    """Only a GPU's steps are recorded, for which Adam must be capturable, wherever it began."""
+    args = Args(**TINY, epochs=1, device="cpu", run_dir=str(tmp_path))
+    bbb.main(args)
+    path = tmp_path / "checkpoint.pt"
+    checkpoint = torch.load(path)
+    for group in checkpoint["optimizer"]["param_groups"]:
+        assert not group["capturable"]
+        group["capturable"] = True  # as after a run on a GPU
+    torch.save(checkpoint, path)
+    bbb.main(dataclasses.replace(args, epochs=2, run_dir="", resume=str(path)))
+    resumed = torch.load(path)
+    assert resumed["epoch"] == 2
+    assert not any(group["capturable"] for group in resumed["optimizer"]["param_groups"])
 
 
 def test_math_training_validation_and_test_images_are_apart(tmp_path, monkeypatch):

@@ -4,8 +4,10 @@ import csv
 import importlib
 import re
 import sys
+import time
 from decimal import Decimal
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 
 import numpy as np
@@ -199,6 +201,37 @@ def test_scaling_reads_only_runs_of_the_same_flags(tmp_path):
         "5,0.5,100,2000,True\n"
     )
     assert [row["score"] for row in scaling.read(path, args)] == ["1"]
+
+
+@pytest.mark.parametrize("cores, most", [(0, 1), (4, 4), (16, 16)])
+def test_scaling_runs_share_the_cores(cores, most, monkeypatch):
+    """As many side by side as fit, a run of more workers than cores alone, every run once."""
+    going, busiest, lock = [], [], Lock()
+
+    def measure(run, args):
+        with lock:
+            going.append(run.workers)
+            busiest.append((len(going), sum(going)))
+        time.sleep(0.01)
+        with lock:
+            going.remove(run.workers)
+        return [run.workers, run.seed]
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    runs = [scaling.Run("A3C", w, seed, 1e-3) for seed in range(3) for w in (1, 2, 8)]
+    rows = list(scaling.measure_all(runs, scaling.Args(cores=cores)))
+    assert sorted(rows) == sorted([run.workers, run.seed] for run in runs)
+    assert all(together <= most or count == 1 for count, together in busiest)
+    assert (max(count for count, _ in busiest) > 1) == (cores > 0)
+    if not cores:
+        assert rows == [[run.workers, run.seed] for run in runs]  # in the order of the plan
+
+    def fail(run, args):
+        raise SystemExit("ended before its time")
+
+    monkeypatch.setattr(scaling, "measure", fail)
+    with pytest.raises(SystemExit, match="before its time"):
+        list(scaling.measure_all(runs, scaling.Args(cores=cores)))
 
 
 def test_scaling_measures_a_run_as_a_user_would_start_it(monkeypatch):

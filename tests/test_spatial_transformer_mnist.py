@@ -579,14 +579,45 @@ def spy_on_updates(monkeypatch):
     return seen
 
 
-def test_math_two_learning_rates_fall_after_each_third(monkeypatch, tmp_path):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_math_recorded_updates_train_as_those_made_one_by_one(optimizer, monkeypatch, tmp_path):
+    losses = []
+    for learn_from in (
+        stn.learn_from,
+        lambda minibatches, learn: itertools.starmap(learn, minibatches),
+    ):
+        monkeypatch.setattr(stn, "learn_from", learn_from)
+        args = Args(
+            **TINY, optimizer=optimizer, device="cuda", run_dir=str(tmp_path / str(len(losses)))
+        )
+        losses.append(stn.main(args)["losses/loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_learns_on_with_an_optimizer_fit_for_its_own_device(tmp_path):
+    """Only a GPU's updates are recorded, for which Adam must be capturable."""
+    args = Args(**TINY, optimizer="adam", device="cpu", run_dir=str(tmp_path))
+    stn.main(args)
+    for group in torch.load(tmp_path / "checkpoint.pt")["optimizer"]["param_groups"]:
+        assert not group["capturable"]
+
+
+@pytest.mark.parametrize("total, every, reports", [(6, 10, [6]), (7, 3, [3, 6, 7])])
+def test_math_two_learning_rates_fall_after_each_third(
+    total, every, reports, monkeypatch, tmp_path
+):
     seen = spy_on_updates(monkeypatch)
-    args = Args(**{**TINY, "total_iterations": 6}, run_dir=str(tmp_path))
+    length = {"total_iterations": total, "report_every": every}
+    args = Args(**TINY | length, run_dir=str(tmp_path))
     rates = {"learning_rate": 0.1, "localisation_learning_rate": 0.02}
     metrics = stn.main(dataclasses.replace(args, **rates))
     assert metrics["charts/learning_rate"] == pytest.approx(0.1 / 10**2)
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert sorted({int(row.split(",")[0]) for row in rows}) == reports
+    assert len(seen) == total
     for t, (net, groups, _, _) in enumerate(seen):
-        expected = [0.1 / 10 ** (t // 2), 0.02 / 10 ** (t // 2)]
+        expected = [0.1 / 10 ** (3 * t // total), 0.02 / 10 ** (3 * t // total)]
         assert [group["lr"] for group in groups] == pytest.approx(expected)
         for group, part in zip(groups, (net.classifier, net.transformers), strict=True):
             assert {id(p) for p in group["params"]} == {id(p) for p in part.parameters()}
