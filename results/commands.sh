@@ -71,6 +71,14 @@ done
 python bayes_by_backprop.py --hidden-units 1200 --prior-sigma-1 0.368 --prior-sigma-2 0.00248 --kl-weighting uniform --rho-init -5 --learning-rate-decay 0.95 --epochs 60 --run-dir runs/bayes_by_backprop/mnist/pruning-1200__seed1
 python bayes_by_backprop.py --method sgd --optimizer sgd --learning-rate 0.1 --learning-rate-decay 0.985 --epochs 300 --run-dir runs/bayes_by_backprop/mnist/sgd-by-sgd__seed1
 
+# bayes_by_backprop.py: MNIST, 600 epochs on a GPU
+for seed in 1 2 3; do
+    python bayes_by_backprop.py --epochs 600 --learning-rate-decay 0.99324 --seed $seed --run-dir runs/bayes_by_backprop/mnist_600/mixture__seed$seed
+    for method in dropout sgd; do
+        python bayes_by_backprop.py --epochs 600 --learning-rate-decay 0.99324 --method $method --seed $seed --run-dir runs/bayes_by_backprop/mnist_600/${method}__seed$seed
+    done
+done
+
 # bayes_by_backprop.py: the regression of figure 5
 for seed in 1 2 3; do
     python bayes_by_backprop.py --task regression --seed $seed --prior gaussian --prior-sigma-1 1 --kl-weighting uniform --rho-init -3 --samples 5 --learning-rate 5e-3 --epochs 1000 --run-dir runs/bayes_by_backprop/regression__seed$seed
@@ -138,7 +146,10 @@ done
 
 python cyclic_rotation_cnn.py --bfloat16 --variant baseline --epochs 80 --eval-every 20 --run-dir runs/cyclic_rotation_cnn/rotated-mnist/baseline-80__seed1
 
-# cyclic_rotation_cnn.py: plankton
+# cyclic_rotation_cnn.py: plankton, on a GPU and, smaller, on a processor
+for variant in baseline pool; do
+    python cyclic_rotation_cnn.py --dataset plankton --bfloat16 --variant $variant --epochs 36 --eval-every 4 --run-dir runs/cyclic_rotation_cnn/plankton_95/${variant}__seed1
+done
 for variant in baseline half pool roll-all roll-dense; do
     python cyclic_rotation_cnn.py --dataset plankton --image-size 47 --bfloat16 --variant $variant --epochs 10 --eval-every 2 --run-dir runs/cyclic_rotation_cnn/plankton/${variant}__seed1
 done

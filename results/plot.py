@@ -133,6 +133,16 @@ EXPERIMENTS = [
         limits=(1.1, 2.4),
     ),
     Experiment(
+        folder="bayes_by_backprop/mnist_600",
+        title="Bayes by Backprop and its rivals: MNIST, 600 epochs",
+        tag="test/error_of_mean",
+        y="test error (%)",
+        x=(EPOCHS,),
+        paper=1.36,
+        paper_label="paper, Bayes by Backprop: 1.36 after 600 epochs",
+        limits=(1.1, 2.4),
+    ),
+    Experiment(
         folder="bayes_by_backprop/bandit",
         title="Bayes by Backprop and greedy agents: mushrooms to eat or to leave (figure 6)",
         tag="charts/regret",
@@ -189,6 +199,16 @@ EXPERIMENTS = [
         tag="eval/error",
         y="test error (%)",
         x=(EPOCHS,),
+        logarithmic=True,
+    ),
+    Experiment(
+        folder="cyclic_rotation_cnn/plankton_95",
+        title="Cyclic symmetry: plankton at 95x95",
+        tag="eval/loss",
+        y="cross-entropy of the hold-out",
+        x=(EPOCHS,),
+        paper=0.678,
+        paper_label="paper, pool: 0.678",
         logarithmic=True,
     ),
     Experiment(
@@ -281,6 +301,19 @@ EXPERIMENTS = [
         logarithmic=True,
     ),
 ]
+
+EXPERIMENTS.append(
+    Experiment(
+        folder="spatial_transformer_mnist/long_fcn",
+        title="Spatial transformers: digits turned (R), scaled and moved (RTS), 150,000 updates",
+        tag="eval/error",
+        y="test error (%)",
+        x=(UPDATES,),
+        paper=1.2,
+        paper_label="paper, affine on R: 1.2",
+        logarithmic=True,
+    )
+)
 
 TRANSFORMED = {  # distortion: what it is, the paper's errors of an affine FCN and of a CNN
     "R": ("turned digits", 1.2, 0.7),

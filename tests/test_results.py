@@ -53,6 +53,10 @@ KEPT = {  # rows of results/README.md: the runs that they are the mean of, their
         "cyclic_rotation_cnn/rotated-mnist/roll-all__seed*.csv",
         "eval/error",
     ),
+    "Cyclic symmetry, plankton at 95x95, pool": (
+        "cyclic_rotation_cnn/plankton_95/pool__seed*.csv",
+        "eval/loss",
+    ),
     "Cyclic symmetry, plankton at 47x47, pool": (
         "cyclic_rotation_cnn/plankton/pool__seed*.csv",
         "eval/loss",
