@@ -36,8 +36,8 @@ Departures: ours (the paper's)
     lambda is paid for c_0 after the shift: of a committed step the chance that it was drawn with,
       of one that replans an entry that no gate is drawn from (the index in eq. 3 is hard to read)
     the last entry of a written commitment plan is 1, so that at the end of a plan there is another,
-      whatever b (not told); b starts at 0 (not told); z = mu + sigma eps (whether sigma is the
-      deviation or its square is not told)
+      whatever b (not told); b starts at 0 or at --commitment-bias (not told)
+    z = mu + sigma eps (whether sigma is the deviation or its square is not told)
     the map of replans and their rates leave out first steps, which always plan; dead ends count
       neither as turns nor as corridors (not told)
     gate and noise are drawn in evaluation, too (not told); an advantage is clipped in the policy's
@@ -117,6 +117,7 @@ class Args:
     noise_size: int = 128  # dimensions of STRAWe's noisy channel
     noise_cost: float = 1e-5  # alpha, of the noisy channel's KL
     commitment_cost: float = 1e-3  # lambda, of c_0; the larger, the longer the commitments
+    commitment_bias: float = 0.0  # b at the start; the larger, the more often plans change at first
     maze_size: int = 11  # cells along a side, outer walls included; odd
     maze_reward: float = 0.05  # r: -r a step, -2 r against a wall, r at the goal
     curriculum_period: int = 0  # steps until goals are one step farther, from 2; 0: goals anywhere
@@ -289,7 +290,7 @@ class StrategicAttentiveWriter(nn.Module):
         self.f_A = nn.Linear(64, self.R * self.K)
         self.f_c = nn.Linear(3 + 64, 3)
         aim(self.f_c, 5, 1, self.T - 1)
-        self.b = nn.Parameter(torch.zeros(()))
+        self.b = nn.Parameter(torch.tensor(float(args.commitment_bias)))
         self.fixed_c = FIXED_COMMITMENTS.get(args.replan)
         self.register_buffer("t", torch.arange(self.T).float(), persistent=False)
 

@@ -429,13 +429,14 @@ def test_math_ablations_commit_as_long_as_they_say(replan, lengths):
         assert count / seen.total() == pytest.approx(1 / len(lengths), abs=0.02)
 
 
-def test_math_at_first_the_patch_is_the_next_k_steps_and_a_plan_lasts_five_at_most():
-    planner = StrategicAttentiveWriter(6, 4, Args(model="straw"))
+@pytest.mark.parametrize("b, chance", [(0.0, 0.5), (3.0, 0.953)])
+def test_math_at_first_the_patch_is_the_next_k_steps_and_a_plan_lasts_five_at_most(b, chance):
+    planner = StrategicAttentiveWriter(6, 4, Args(model="straw", commitment_bias=b))
     psi = planner.f_psi(torch.randn(3, 6))
     assert filters_of(psi, 10, 500).argmax(-1).tolist() == [list(range(10))] * 3
     assert (straw.attention_grid(psi, 10, 500)[1] == 1).all()
     c = planner.commit(psi, torch.randn(3, 64))
-    torch.testing.assert_close(c[:, 0], torch.full((3,), 0.5), atol=1e-3, rtol=0)
+    torch.testing.assert_close(c[:, 0], torch.full((3,), chance), atol=1e-3, rtol=0)
     assert (c[:, 5] > 0.999).all() and planner.T == 500 and straw.E == 40
 
 
