@@ -99,42 +99,51 @@ python straw.py --model strawe --num-workers 1 --envs-per-worker 8 --curriculum-
 python straw.py --model lstm --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --commitment-cost 5e-4 --total-timesteps 10000000 --run-dir runs/straw/maze_11/lstm__seed1
 python straw.py --model ff --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --commitment-cost 5e-4 --total-timesteps 10000000 --run-dir runs/straw/maze_11/ff__seed1
 
-# spatial_transformer_mnist.py: fully connected classifiers
-for transform in none affine tps; do
-    for seed in 1 2 3; do
+# spatial_transformer_mnist.py: fully connected classifiers, then convolutional ones
+for seed in 1 2 3; do
+    python spatial_transformer_mnist.py --transform none --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/R_fcn/none__seed$seed
+    for transform in affine tps; do
         python spatial_transformer_mnist.py --transform $transform --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/R_fcn/${transform}__seed$seed
     done
+done
+for distortion in RTS P E TC; do
+    python spatial_transformer_mnist.py --distortion $distortion --transform none --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_fcn/none__seed1
+done
+for transform in affine tps; do
     python spatial_transformer_mnist.py --distortion RTS --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/RTS_fcn/${transform}__seed1
     for distortion in P E; do
         python spatial_transformer_mnist.py --distortion $distortion --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_fcn/${transform}__seed1
     done
 done
-for transform in none affine; do
-    python spatial_transformer_mnist.py --distortion TC --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_fcn/${transform}__seed1
-done
-
-# spatial_transformer_mnist.py: convolutional classifiers
-for transform in none affine tps; do
-    for seed in 1 2 3; do
+python spatial_transformer_mnist.py --distortion TC --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_fcn/affine__seed1
+for seed in 1 2 3; do
+    python spatial_transformer_mnist.py --model cnn --bfloat16 --transform none --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/R_cnn/none__seed$seed
+    for transform in affine tps; do
         python spatial_transformer_mnist.py --model cnn --bfloat16 --transform $transform --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/R_cnn/${transform}__seed$seed
     done
+done
+for distortion in RTS P E TC; do
+    python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion $distortion --transform none --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_cnn/none__seed1
+done
+for transform in affine tps; do
     python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion RTS --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/RTS_cnn/${transform}__seed1
     for distortion in P E; do
         python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion $distortion --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_cnn/${transform}__seed1
     done
 done
-for transform in none affine; do
-    python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/${transform}__seed1
-done
-
+python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine__seed1
 python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 9000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine-9000__seed1
 python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine-adam__seed1
 python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 9000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine-adam-9000__seed1
 
+# spatial_transformer_mnist.py: 150,000 updates, those with a transformer on a GPU
+python spatial_transformer_mnist.py --transform none --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/long_fcn/R-none__seed1
+python spatial_transformer_mnist.py --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/long_fcn/R-affine__seed1
+python spatial_transformer_mnist.py --distortion RTS --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/long_fcn/RTS-affine__seed1
+
 # spatial_transformer_mnist.py: the sum of two digits
-for transform in none affine; do
-    python spatial_transformer_mnist.py --task addition --transform $transform --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 20000 --report-every 1000 --run-dir runs/spatial_transformer_mnist/addition_fcn/${transform}__seed1
-done
+python spatial_transformer_mnist.py --task addition --transform none --optimizer adam --learning-rate 0.001 --total-iterations 20000 --report-every 1000 --run-dir runs/spatial_transformer_mnist/addition_fcn/none__seed1
+python spatial_transformer_mnist.py --task addition --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 20000 --report-every 1000 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine__seed1
 python spatial_transformer_mnist.py --task addition --num-transformers 2 --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 20000 --report-every 1000 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine-2__seed1
 
 # cyclic_rotation_cnn.py: turned digits

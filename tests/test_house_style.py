@@ -6,6 +6,8 @@ import importlib
 import re
 import shlex
 from collections import defaultdict
+from inspect import signature
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,21 +23,6 @@ CONSTANT = ast.Assign, ast.AugAssign
 UNANNOTATED = {"writer", "T", "log", "optimizer", "save", "evaluate_now"}
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
-LOOPED = {  # variables of results/commands.sh
-    "seed": "1",
-    "period": "10",
-    "method": "sgd",
-    "agent": "greedy",
-    "distortion": "R",
-    "transform": "affine",
-    "variant": "pool",
-}
-COMMANDS = re.sub(
-    rf"\$\{{?({'|'.join(LOOPED)})\b\}}?",
-    lambda match: LOOPED[match[1]],
-    (ROOT / "results" / "commands.sh").read_text(),
-)
-
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 
 
@@ -66,6 +53,23 @@ def table(text: str) -> list[dict[str, str]]:
     lines = text[text.index("\n|") + 1 :].split("\n\n")[0].splitlines()
     titles, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return [dict(zip(titles, row, strict=True)) for row in rows]
+
+
+def unrolled(shell: str) -> str:
+    """A shell script's lines, those of its loops once for every value."""
+    lines, loops = [], []
+    for line in map(str.strip, shell.splitlines()):
+        if loop := re.match(r"for (\w+) in (.+); do$", line):
+            loops.append([(loop[1], value) for value in loop[2].split()])
+        elif line == "done":
+            loops.pop()
+        else:
+            for values in product(*loops):
+                filled = line
+                for name, value in values:
+                    filled = re.sub(rf"\$\{{?{name}\b\}}?", value, filled)
+                lines.append(filled)
+    return "\n".join(lines)
 
 
 def commands(text: str) -> list[str]:
@@ -218,23 +222,34 @@ def test_the_same_flag_has_the_same_help():
     assert not differing
 
 
-@pytest.mark.parametrize(
-    "command", sorted({*commands(README), *commands(RESULTS), *commands(COMMANDS)})
-)
-def test_commands_of_the_documents_parse(command):
-    script, *flags = shlex.split(command)
+def accept(script: str, flags: list[str]) -> None:
+    """Raises unless the script takes these flags, each by itself and all together."""
     module = importlib.import_module(Path(script).stem)
-    assert tyro.cli(module.Args, args=flags)
+    args = tyro.cli(module.Args, args=flags)
+    for name, check in vars(module).items():
+        if name.startswith("check") and len(signature(check).parameters) == 1:
+            check(args)
+
+
+COMMANDS = commands(unrolled((ROOT / "results" / "commands.sh").read_text()))
+
+
+@pytest.mark.parametrize("command", sorted({*commands(README), *commands(RESULTS), *COMMANDS}))
+def test_commands_of_the_documents_are_accepted(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where no run is yet
+    script, *flags = shlex.split(command)
+    accept(script, flags)
 
 
 @each_script
-def test_commands_of_the_headers_parse(path):
+def test_commands_of_the_headers_are_accepted(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     header = ast.get_docstring(parse(path))
     more = map(one_line, re.findall(r"python \w+\.py.*(?:\n +--.+)*", header))
     for command in {command for command, _ in experiments(path)} | set(more):
         python, script, *flags = shlex.split(command)
         assert (python, script) == ("python", path.name)
-        assert tyro.cli(importlib.import_module(path.stem).Args, args=flags)
+        accept(script, flags)
 
 
 def says(result: str, ours: str) -> bool:
