@@ -3,6 +3,10 @@
     Paper    Jaderberg et al., "Spatial transformer networks", NIPS 2015
     Shows    a transformer in front of a network undoes distortions of digits (table 1)
     Run      python spatial_transformer_mnist.py --learning-rate 0.03 --sgd-momentum 0.9
+               --localisation-learning-rate 0.03 --total-iterations 150000 --report-every 5000
+    Result   1.13 % of turned digits wrong (seed 1; without a transformer 1.87) in 6 min on an
+               NVIDIA H100; paper: 1.2 (2.1)
+    Run      python spatial_transformer_mnist.py --learning-rate 0.03 --sgd-momentum 0.9
                --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500
     Result   2.00 % of turned digits wrong (seeds 1 to 3; without a transformer 3.61, with a spline
                1.83) in 71 s on 2 cores of an AMD EPYC; paper: 1.2 (2.1, 1.1)
@@ -23,8 +27,8 @@
                58.89) in 37 min on one core; paper: 9.0 (22.6, 47.7)
 
 Departures: ours (the paper's)
-    the Run lines: 3,000 to 20,000 updates (150,000), momentum 0.9 (not told), rates 0.03 (0.01),
-      also of the localisation network; addition with Adam; the CNN in 16 bits
+    the Run lines but the first: 3,000 to 20,000 updates (150,000); all: momentum 0.9 (not told),
+      rates 0.03 (0.01), also of the localisation network; addition with Adam; the CNN in 16 bits
     canvas 28x28 for R, which cuts the corners of a few digits, 42x42 for RTS, P and E, 60x60 for
       TC (told for RTS and TC alone)
     on RTS, TC and addition the transformer samples 56x56, halved to 28x28 by the mean (sizes not

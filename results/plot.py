@@ -302,18 +302,22 @@ EXPERIMENTS = [
     ),
 ]
 
-EXPERIMENTS.append(
-    Experiment(
-        folder="spatial_transformer_mnist/long_fcn",
-        title="Spatial transformers: digits turned (R), scaled and moved (RTS), 150,000 updates",
-        tag="eval/error",
-        y="test error (%)",
-        x=(UPDATES,),
-        paper=1.2,
-        paper_label="paper, affine on R: 1.2",
-        logarithmic=True,
+for distortion, what, error in (
+    ("R", "turned", 1.2),
+    ("RTS", "turned, scaled and moved", 0.8),
+):
+    EXPERIMENTS.append(
+        Experiment(
+            folder=f"spatial_transformer_mnist/{distortion}_fcn_long",
+            title=f"Spatial transformers: {what} digits, 150,000 updates",
+            tag="eval/error",
+            y="test error (%)",
+            x=(UPDATES,),
+            paper=error,
+            paper_label=f"paper, affine: {error}",
+            logarithmic=True,
+        )
     )
-)
 
 TRANSFORMED = {  # distortion: what it is, the paper's errors of an affine FCN and of a CNN
     "R": ("turned digits", 1.2, 0.7),

@@ -29,6 +29,10 @@ KEPT = {  # rows of results/README.md: the runs that they are the mean of, their
     "PRONG, CIFAR-10": ("prong/cifar10/prong__seed*.csv", "eval/validation_error"),
     "Bayes by Backprop, MNIST": ("bayes_by_backprop/mnist/mixture__seed*.csv", "eval/error"),
     "Bayes by Backprop, mushrooms": ("bayes_by_backprop/bandit/bbb-50000__*", "charts/regret"),
+    "Spatial transformers, turned digits, FCN, the paper's updates": (
+        "spatial_transformer_mnist/R_fcn_long/affine__seed*.csv",
+        "eval/error",
+    ),
     "Spatial transformers, turned digits, FCN": (
         "spatial_transformer_mnist/R_fcn/affine__seed*.csv",
         "eval/error",
