@@ -345,7 +345,7 @@ for distortion, (what, *errors) in TRANSFORMED.items():
         )
 
 OPTIMAL_11, OPTIMAL_15 = (
-    (("optimal", f"straw/maze_{size}/strawe__seed1.csv", "charts/optimal_return"),)
+    (("optimal", f"straw/maze_{size}/straw__seed1.csv", "charts/optimal_return"),)
     for size in (11, 15)
 )
 for folder, title, y, beside in (
