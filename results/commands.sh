@@ -139,10 +139,13 @@ python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --lea
 python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine-adam__seed1
 python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 9000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine-adam-9000__seed1
 
-# spatial_transformer_mnist.py: 150,000 updates, those with a transformer on a GPU
+# spatial_transformer_mnist.py: 150,000 updates, on a GPU but for the first
 python spatial_transformer_mnist.py --transform none --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/R_fcn_long/none__seed1
 python spatial_transformer_mnist.py --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/R_fcn_long/affine__seed1
 python spatial_transformer_mnist.py --distortion RTS --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/RTS_fcn_long/affine__seed1
+python spatial_transformer_mnist.py --distortion RTS --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/RTS_fcn_long/affine-0.01__seed1
+python spatial_transformer_mnist.py --model cnn --bfloat16 --transform none --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/R_cnn_long/none__seed1
+python spatial_transformer_mnist.py --model cnn --bfloat16 --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/R_cnn_long/affine__seed1
 
 # spatial_transformer_mnist.py: the sum of two digits
 python spatial_transformer_mnist.py --task addition --transform none --optimizer adam --learning-rate 0.001 --total-iterations 20000 --report-every 1000 --run-dir runs/spatial_transformer_mnist/addition_fcn/none__seed1

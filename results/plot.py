@@ -302,14 +302,15 @@ EXPERIMENTS = [
     ),
 ]
 
-for distortion, what, error in (
-    ("R", "turned", 1.2),
-    ("RTS", "turned, scaled and moved", 0.8),
+for run, title, error in (
+    ("R_fcn", ": turned digits", 1.2),
+    ("RTS_fcn", ": turned, scaled and moved digits", 0.8),
+    ("R_cnn", " in convolutional networks: turned digits", 0.7),
 ):
     EXPERIMENTS.append(
         Experiment(
-            folder=f"spatial_transformer_mnist/{distortion}_fcn_long",
-            title=f"Spatial transformers: {what} digits, 150,000 updates",
+            folder=f"spatial_transformer_mnist/{run}_long",
+            title=f"Spatial transformers{title}, 150,000 updates",
             tag="eval/error",
             y="test error (%)",
             x=(UPDATES,),

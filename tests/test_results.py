@@ -37,12 +37,12 @@ KEPT = {  # rows of results/README.md: the runs that they are the mean of, their
         "spatial_transformer_mnist/R_fcn/affine__seed*.csv",
         "eval/error",
     ),
-    "Spatial transformers, turned, scaled and moved digits, FCN": (
-        "spatial_transformer_mnist/RTS_fcn/affine__seed*.csv",
+    "Spatial transformers, turned, scaled and moved digits, FCN, the paper's updates": (
+        "spatial_transformer_mnist/RTS_fcn_long/affine-0.01__seed*.csv",
         "eval/error",
     ),
-    "Spatial transformers, turned digits, CNN": (
-        "spatial_transformer_mnist/R_cnn/affine__seed*.csv",
+    "Spatial transformers, turned digits, CNN, the paper's updates": (
+        "spatial_transformer_mnist/R_cnn_long/affine__seed*.csv",
         "eval/error",
     ),
     "Spatial transformers, the sum of two digits": (
