@@ -202,12 +202,12 @@ def test_scaling_reads_only_runs_of_the_same_flags(tmp_path):
     path, args = tmp_path / "runs.csv", scaling.Args(reference=0.5, max_timesteps=100)
     assert scaling.read(path, args) == []
     path.write_text(
-        "score,reference,max_timesteps,report_every,many_games\n"
-        "1,0.5,100,2000,False\n"
-        "2,0.7,100,2000,False\n"
-        "3,0.5,900,2000,False\n"
-        "4,0.5,100,5000,False\n"
-        "5,0.5,100,2000,True\n"
+        "score,reference,max_timesteps,report_every,envs_per_worker\n"
+        "1,0.5,100,2000,1\n"
+        "2,0.7,100,2000,1\n"
+        "3,0.5,900,2000,1\n"
+        "4,0.5,100,5000,1\n"
+        "5,0.5,100,2000,8\n"
     )
     assert [row["score"] for row in scaling.read(path, args)] == ["1"]
 
@@ -257,16 +257,18 @@ def test_scaling_measures_a_run_as_a_user_would_start_it(monkeypatch):
 
     monkeypatch.setattr(scaling.subprocess, "Popen", start)
     flags = [4, 2, 0.003, 0.5, 1000, 20]
-    assert measure("A3C", 0.5) == ["A3C", *flags, False, 40, "", "1.500", "0.500"]
-    assert measure("n-step Q", 0.4) == ["n-step Q", *flags, False, "", "", "", "0.400"]
+    assert measure("A3C", 0.5) == ["A3C", *flags, 1, 40, "", "1.500", "0.500"]
+    assert measure("n-step Q", 0.4) == ["n-step Q", *flags, 1, "", "", "", "0.400"]
     measure("Gorila", 0.5)
-    measure("one-step Sarsa", 0.5, many_games=True)
+    measure("one-step Sarsa", 0.5, envs_per_worker=8)
     assert signals == [scaling.signal.SIGTERM] * 4
+    weights = "--orthogonal-init --rmsprop-eps 0.001"
+    exploration = "--target-period 10 --epsilon-timesteps 100"
     expected = (
-        ("a3c_atari.py", "--num-workers 4"),
+        ("a3c_atari.py", f"--num-workers 4 --envs-per-worker 1 {weights}"),
         (
             "async_nstep_q.py --algorithm nstep-q",
-            "--num-workers 4 --target-period 10 --epsilon-timesteps 100",
+            f"--num-workers 4 --envs-per-worker 1 {weights} {exploration}",
         ),
         (
             "gorila_dqn.py",
@@ -275,7 +277,7 @@ def test_scaling_measures_a_run_as_a_user_would_start_it(monkeypatch):
         ),
         (
             "async_nstep_q.py --algorithm onestep-sarsa",
-            "--envs-per-worker 8 --orthogonal-init --rmsprop-eps 0.001",
+            f"--num-workers 4 --envs-per-worker 8 {weights} {exploration}",
         ),
     )
     for command, (script, own) in zip(commands, expected, strict=True):
