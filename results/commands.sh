@@ -9,6 +9,11 @@ python a3c_atari.py --env-id PongNoFrameskip-v4 --orthogonal-init --rmsprop-eps 
 python a3c_atari.py --env-id PongNoFrameskip-v4 --num-workers 2 --envs-per-worker 8 --total-timesteps 10000000 --eval-episodes 30 --run-dir runs/a3c_atari/pong/as-in-the-paper__seed1
 python a3c_atari.py --num-workers 2 --envs-per-worker 8 --total-timesteps 20000000 --eval-episodes 30 --run-dir runs/a3c_atari/breakout
 
+# async_nstep_q.py: 2 processes x 8 games
+python async_nstep_q.py --env-id PongNoFrameskip-v4 --orthogonal-init --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8 --total-timesteps 10000000 --eval-episodes 30 --run-dir runs/async_nstep_q/pong/nstep-q__seed1
+python async_nstep_q.py --algorithm onestep-q --env-id PongNoFrameskip-v4 --orthogonal-init --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8 --total-timesteps 4000000 --eval-episodes 30 --run-dir runs/async_nstep_q/pong/onestep-q__seed1
+python async_nstep_q.py --algorithm onestep-sarsa --env-id PongNoFrameskip-v4 --orthogonal-init --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8 --total-timesteps 4000000 --eval-episodes 30 --run-dir runs/async_nstep_q/pong/onestep-sarsa__seed1
+
 # a3c_continuous.py
 for seed in 1 2 3; do
     python a3c_continuous.py --num-workers 2 --total-timesteps 500000 --eval-episodes 30 --report-every 10000 --seed $seed --run-dir runs/a3c_continuous/inverted_pendulum/seed$seed

@@ -22,6 +22,8 @@ RETURN = "eval/episodic_return"
 KEPT = {  # rows of results/README.md: the runs that they are the mean of, their last number
     "A3C, Pong": ("a3c_atari/pong/orthogonal-init__seed*.csv", RETURN),
     "A3C, Breakout": ("a3c_atari/breakout/seed*.csv", RETURN),
+    "n-step Q, Pong": ("async_nstep_q/pong/nstep-q__seed*.csv", RETURN),
+    "One-step Q, Pong": ("async_nstep_q/pong/onestep-q__seed*.csv", RETURN),
     "A3C, InvertedPendulum": ("a3c_continuous/inverted_pendulum/seed*.csv", RETURN),
     "A3C, Pendulum": ("a3c_continuous/pendulum/seed*.csv", RETURN),
     "A3C, Reacher": ("a3c_continuous/reacher/seed*.csv", RETURN),
