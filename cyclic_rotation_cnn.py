@@ -701,7 +701,7 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
-    name = f"{task}__{script}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    name = f"{task}__{script}__{args.seed}__{time.time():.6f}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -889,6 +889,16 @@ def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
         a3c_atari.main(Args(**TOY))
 
 
+def test_command_line_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    times = iter((1000.25, 1000.75))
+    monkeypatch.setattr(a3c_atari.time, "time", lambda: next(times))
+    args = Args(**TOY | {"run_dir": ""})
+    first, second = (a3c_atari.open_run_dir(args, "toy", "a3c") for _ in range(2))
+    assert first != second and first.is_dir() and second.is_dir()
+    assert first.name.startswith("toy__a3c__1__1000.")
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
