@@ -10,7 +10,7 @@
     Run      python async_nstep_q.py --algorithm onestep-q --env-id PongNoFrameskip-v4
                --orthogonal-init --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8
                --total-timesteps 4000000 --eval-episodes 30
-    Result   -11.2 on Pong (seed 1) in 43 min on 2 cores, mostly beside another run
+    Result   -11.2 on Pong (seed 1) in 43 min on 2 cores, partly beside other work
     Run      python async_nstep_q.py --algorithm onestep-sarsa --env-id PongNoFrameskip-v4
                --orthogonal-init --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8
                --total-timesteps 4000000 --eval-episodes 30
