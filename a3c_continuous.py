@@ -4,7 +4,7 @@
     Shows    A3C learns motor control from the state; --pixels is its second form, which sees a
                picture (section 5.3, supplement 9)
     Run      python a3c_continuous.py --num-workers 2 --total-timesteps 500000 --eval-episodes 30
-    Result   978 (returns of 30 episodes; seeds 1, 2, 3: 1000, 947, 986) in 2 to 13 min, mostly
+    Result   977 (returns of 30 episodes; seeds 1, 2, 3: 1000, 947, 986) in 2 to 13 min, mostly
                beside other runs, on 2 cores of an AMD EPYC; 950 counts as solved (paper: curves
                of such tasks, no numbers)
     Run      python a3c_continuous.py --env-id Pendulum-v1 --t-max 20 --discount 0.95

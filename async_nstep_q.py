@@ -14,7 +14,7 @@
     Run      python async_nstep_q.py --algorithm onestep-sarsa --env-id PongNoFrameskip-v4
                --orthogonal-init --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8
                --total-timesteps 4000000 --eval-episodes 30
-    Result   not yet measured
+    Result   -19.2 on Pong (seed 1) in 49 min on 2 cores, partly beside other work
 
 Departures: ours (the paper's)
     learning rate 7e-4 (searched per game), RMSProp's epsilon 0.1 and gradient norm 40 (not told:

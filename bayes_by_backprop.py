@@ -5,7 +5,7 @@
                and explore (figure 6)
     Run      python bayes_by_backprop.py
     Result   1.47 % test error (seeds 1 to 3: 1.36 to 1.53; dropout 1.41, a plain network 1.51) in
-               15 min on one core of an AMD EPYC; paper: 1.36 after 600 epochs (1.51, 1.83)
+               15 to 19 min on one core of an AMD EPYC; paper: 1.36 after 600 epochs (1.51, 1.83)
     Run      python bayes_by_backprop.py --task regression --prior gaussian --prior-sigma-1 1
                --kl-weighting uniform --rho-init -3 --samples 5 --learning-rate 5e-3 --epochs 1000
     Result   16 to 24 times wider quartiles beyond the data than inside (seeds 1 to 3; a plain

@@ -9,11 +9,11 @@
     Result   0.92 % of moved digits wrong (seeds 1 to 3, 0.85 to 1.00; of one path alone 1.47) in
                24 min on one core; paper: 1.20 (NIPS)
     Run      python recurrent_visual_attention.py --task cluttered --epochs 200
-    Result   2.28 % of cluttered digits wrong (seed 1; of one path alone 3.86) in 121 min on a part
+    Result   2.28 % of cluttered digits wrong (seed 1; of one path alone 3.86) in 122 min on a part
                of one core; paper: 4.04 (NIPS)
     Run      python recurrent_visual_attention.py --task cluttered100 --epochs 200
     Result   3.84 % of digits in 100x100 pixels of clutter wrong (seed 1; of one path alone 6.40) in
-               58 min on one core; paper: 8.11 (NIPS)
+               58 min without pauses on one core; paper: 8.11 (NIPS)
     Run      python recurrent_visual_attention.py --task catch --epochs 300
     Result   96.2 % of balls caught (seeds 1 to 3: 97.0, 93.3, 98.3) after 14 million frames in
                21 min on one core; paper: about 85 after 20 million

@@ -24,6 +24,7 @@ KEPT = {  # rows of results/README.md: the runs that they are the mean of, their
     "A3C, Breakout": ("a3c_atari/breakout/seed*.csv", RETURN),
     "n-step Q, Pong": ("async_nstep_q/pong/nstep-q__seed*.csv", RETURN),
     "One-step Q, Pong": ("async_nstep_q/pong/onestep-q__seed*.csv", RETURN),
+    "One-step Sarsa, Pong": ("async_nstep_q/pong/onestep-sarsa__seed*.csv", RETURN),
     "A3C, InvertedPendulum": ("a3c_continuous/inverted_pendulum/seed*.csv", RETURN),
     "A3C, Pendulum": ("a3c_continuous/pendulum/seed*.csv", RETURN),
     "A3C, Reacher": ("a3c_continuous/reacher/seed*.csv", RETURN),
