@@ -15,15 +15,18 @@ Departures: ours (the paper's); those of the first line are the authors' later a
     learning rate 7e-4 (searched, on six games), RMSProp's epsilon 0.1, gradient norm 40 (not told)
     gradient of V: (R - V) / 2, again a later answer (2 (R - V))
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
-    Pong's Run line: orthogonal weights at first, epsilon 1e-3 (authors: as torch draws them, 0.1)
+    the Run lines: 8 and 20 million steps (80 million), over which the rate falls to 0; 8 games in
+      each of 2 processes; Pong's: orthogonal weights at first, epsilon 1e-3 (authors: as torch
+      draws them, 0.1)
+    evaluation samples from pi, as training does (not told)
     g begins at 0, rewards are clipped to [-1, 1], a lost life ends an episode of training, 108,000
       frames end a game, whose return goes on as V (not told)
     --lstm puts 256 cells on either network (on the larger)
     up to 30 no-ops before a game (tables: human starts); no GPU, that being the paper's point
     today's action sets: Pong 6 (3); sticky actions with *-v0 and ALE/*-v5 ids (none)
     K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
-      gradients of K segments. An episode that ends is followed by the next; the segment ends early
-      only when all K end at once, with K = 1 therefore at every end of an episode
+      gradients of K segments. A game whose episode ends begins the next within the segment, which
+      is cut short only when all K end in the same step: with K = 1 at every end of an episode
 
 Symbols: theta shared parameters; g running average of their squared gradients; T steps taken by
 all workers; a_tm1 taken in s_tm1 gives r_t and s_t; R n-step return; V value; pi policy.
@@ -83,7 +86,7 @@ class Args:
     learning_rate: float = 7e-4  # at the start; falls linearly to 0
     rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # inside the root
-    rmsprop_start: float = 0.0  # of g; TensorFlow's begins at 1, ports to it have eps 1e-5
+    rmsprop_start: float = 0.0  # first value of g; TensorFlow has 1 (its ports an eps of 1e-5)
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
     # The run
     report_every: int = 50_000  # steps between two reports, each with a checkpoint
@@ -476,7 +479,7 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
     try:
         first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
 
 
 def report(writer, step: int, metrics: dict[str, float]) -> None:
@@ -544,7 +547,7 @@ def keep_memory() -> None:
 
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
-FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
@@ -608,7 +611,7 @@ def supervise(
             seconds += now - last_time
             metrics = {tag: float(np.mean(values)) for tag, values in sorted(recent.items())}
             metrics["charts/SPS"] = (step - last_step) / (now - last_time)
-            metrics["charts/minutes"] = seconds / 60
+            metrics["charts/minutes"] = seconds / 60  # with the evaluations before this report
             recent, last_step, last_time = defaultdict(list), step, now
             save(T=step, seconds=seconds)
             if finished or (args.eval_every and step >= last_evaluation + args.eval_every):

@@ -28,19 +28,20 @@ Departures: ours (the paper's)
     discount 0.99, Pendulum 0.95, Reacher 0.9 (not told); a norm of 40 for each network's gradient
       by itself (not told)
     gradient of V: R - V (2 (R - V)); variance at least 1e-5 (no bound told)
-    at a time limit a whole episode's return ends, a segment's goes on as V (not told)
+    at a time limit: with whole episodes the return ends there, with segments it goes on as V(s_t)
+      (not told)
     pixels: 84x84 RGB, 16 filters of 8x8 with stride 4, 32 of 4x4 with stride 2 (not told)
     gymnasium's environments (the authors' own MuJoCo models, which they did not publish)
     rewards times 0.01, Reacher's times 0.1; states as the environment gives them, one picture
       without a past (not told)
     actions are clipped to the box on their way into the environment, pi's density is not (not told)
-    processes, as many as there are cores (16 threads); T grows by trajectories (by steps)
+    processes, as many as there are cores (16 threads); T grows by segments (by steps)
     evaluation samples from pi, as training does (not told)
 
 Symbols: theta shared parameters; g running average of their squared gradients; T steps taken by
 all workers; a_tm1 taken in s_tm1 gives r_t and s_t; R return; V value; pi policy with mean mu and
 variance sigma^2.
-Shapes: K = 1 environment of a worker, N steps of a trajectory, A dimensions of an action, D
+Shapes: K = 1 environment of a worker, N steps of a segment, A dimensions of an action, D
 numbers of a state.
 """
 
@@ -111,13 +112,13 @@ class Args:
 LSTMState = tuple[Tensor, Tensor] | None  # 2 x [1, K, 128]; None: zeros, where an episode begins
 
 
-class Trajectory(NamedTuple):
+class Segment(NamedTuple):
     """A whole episode, or up to t_max steps of it, under one copy of the parameters."""
 
     s_tm1: Tensor  # [N, K, D] states, or [N, K, 84, 84, 3] pictures in bytes
     a_tm1: Tensor  # [N, K, A] actions as drawn from pi, not as the box clips them
     r_t: Tensor  # [N, K] rewards
-    terminated: Tensor  # [N, K] the return ends with the step
+    terminated: Tensor  # [N, K] the return ends here (whole episodes: at a time limit, too)
     v_t: Tensor  # [N, K] V(s_t), known where a segment ends
     policy_state: LSTMState  # of the policy network before the first step
     value_state: LSTMState  # of the value network
@@ -221,7 +222,7 @@ def n_step_returns(
 
 
 def gaussian_policy_loss(mu: Tensor, sigma2: Tensor, a: Tensor, advantage: Tensor) -> Tensor:
-    """-log pi(a|s) (R - V), summed over the trajectory; the advantage counts as a constant."""
+    """-log pi(a|s) (R - V), summed over the segment; the advantage counts as a constant."""
     return -(log_density(mu, sigma2, a) * advantage.detach()).sum()
 
 
@@ -230,17 +231,17 @@ def value_loss(advantage: Tensor) -> Tensor:
     return advantage.square().sum() / 2
 
 
-def gaussian_a3c_losses(
-    net: GaussianActorCritic, trajectory: Trajectory, args: Args
+def a3c_losses(
+    net: GaussianActorCritic, segment: Segment, args: Args
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Algorithm S2's sums for the policy network, with the entropy, and for the value network.
 
     With them come their parts, a step's mean each.
     """
-    s_tm1, a_tm1, r_t, terminated, v_t, policy_state, value_state = trajectory
+    s_tm1, a_tm1, r_t, terminated, v_t, policy_state, value_state = segment
     mu, sigma2, _ = net.policy(s_tm1, policy_state)
     v, _ = net.value(s_tm1, value_state)
-    r_t, cut = args.reward_scale * r_t, torch.zeros_like(terminated)  # nowhere but at the end
+    r_t, cut = args.reward_scale * r_t, torch.zeros_like(terminated)  # only behind the last step
     R = n_step_returns(r_t, terminated, cut, v_t, args.discount)
     pi_loss = gaussian_policy_loss(mu, sigma2, a_tm1, R - v)
     v_loss = value_loss(R - v)
@@ -341,10 +342,10 @@ def as_input(s: np.ndarray) -> Tensor:
     return torch.from_numpy(s)[None, None]
 
 
-def play_alone(
+def play(
     env: gym.Env, seed: int, net: GaussianActorCritic, t_max: int
-) -> Iterator[tuple[Trajectory, dict | None]]:
-    """Endless trajectories of one environment, each played with the parameters net has by then.
+) -> Iterator[tuple[Segment, dict | None]]:
+    """Endless segments of one environment, each played with the parameters net has by then.
 
     Each comes with the return "r" and the steps "l" of the episode that ended with it, if one did.
     """
@@ -363,14 +364,14 @@ def play_alone(
 
         s_tm1, a_tm1, r_t = map(torch.stack, zip(*steps))
         ends, v_t = torch.zeros_like(r_t, dtype=torch.bool), torch.zeros_like(r_t)
-        ends[-1] = terminated or t_max == 0
+        ends[-1] = terminated or t_max == 0  # a whole episode's return ends at a time limit, too
         if t_max:
             with torch.no_grad():
                 _, value_state = net.value(s_tm1, value_state)
                 v_t[-1:], _ = net.value(s_t, value_state)  # the state has yet to see s_t
         if terminated or truncated:
             s_t, policy_state, value_state = as_input(env.reset()[0]), None, None
-        yield Trajectory(s_tm1, a_tm1, r_t, ends, v_t, *first_states), info.get("episode")
+        yield Segment(s_tm1, a_tm1, r_t, ends, v_t, *first_states), info.get("episode")
 
 
 # ---- Evaluation and training --------------------------------------------------------------------
@@ -417,15 +418,15 @@ def evaluate(
 def update(
     net: GaussianActorCritic,
     optimizer: SharedRMSProp,
-    trajectory: Trajectory,
+    segment: Segment,
     learning_rate: float,
     args: Args,
 ) -> dict[str, float]:
-    """Move the shared parameters by the gradient that net, a copy of them, has on a trajectory.
+    """Move the shared parameters by the gradient that net, a copy of them, has on a segment.
 
     A gradient that is not finite moves nothing; the norm returned is not finite then.
     """
-    *losses, watched = gaussian_a3c_losses(net, trajectory, args)
+    *losses, watched = a3c_losses(net, segment, args)
     gradients, norms = [], []
     for network, loss in zip((net.pi, net.v), losses, strict=True):
         d_theta = torch.autograd.grad(loss, list(network.parameters()))
@@ -456,14 +457,14 @@ def worker(
     np.random.seed(numpy_seed)  # for environments that use it
 
     env, net = make_env(args.env_id, args.pixels), copy.deepcopy(shared)  # theta'
-    trajectories = play_alone(env, env_seed, net, args.t_max)
+    segments = play(env, env_seed, net, args.t_max)
     while T.value < args.total_timesteps and main_process.is_alive():
         copy_parameters(shared, net)
-        trajectory, game = next(trajectories)
+        segment, game = next(segments)
         with T.get_lock():
-            step = T.value = T.value + trajectory.r_t.numel()
+            step = T.value = T.value + segment.r_t.numel()
         learning_rate = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
-        watched = update(net, optimizer, trajectory, learning_rate, args)
+        watched = update(net, optimizer, segment, learning_rate, args)
 
         if game:
             log.put(("charts/episodic_return", float(game["r"]), step))
@@ -480,7 +481,7 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
     try:
         first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
 
 
 def report(writer, step: int, metrics: dict[str, float]) -> None:
@@ -548,7 +549,7 @@ def keep_memory() -> None:
 
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
-FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
@@ -612,7 +613,7 @@ def supervise(
             seconds += now - last_time
             metrics = {tag: float(np.mean(values)) for tag, values in sorted(recent.items())}
             metrics["charts/SPS"] = (step - last_step) / (now - last_time)
-            metrics["charts/minutes"] = seconds / 60
+            metrics["charts/minutes"] = seconds / 60  # with the evaluations before this report
             recent, last_step, last_time = defaultdict(list), step, now
             save(T=step, seconds=seconds)
             if finished or (args.eval_every and step >= last_evaluation + args.eval_every):

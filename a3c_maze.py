@@ -26,8 +26,8 @@ Departures: ours (the paper's)
 
 Symbols: theta shared parameters; g running average of their squared gradients; T steps taken by
 all workers; a_tm1 taken in s_tm1 gives r_t and s_t; R n-step return; V value; pi policy.
-Shapes: K = 1 maze of a worker (of two MiniWorlds in a process only the one that was reset last
-shows its own walls), N <= t_max steps of a segment, A actions.
+Shapes: K = 1 maze of a worker (of several MiniWorlds in a process only the one reset last shows its
+own walls), N <= t_max steps of a segment, A actions.
 """
 
 import copy
@@ -67,7 +67,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # The method
-    env_id: str = "MiniWorld-MazeS3-v0"  # 3 x 3 rooms; -Maze-v0: 8 x 8; VizdoomMyWayHome-v1
+    env_id: str = "MiniWorld-MazeS3-v0"  # 3 x 3 rooms; MiniWorld-Maze-v0: 8 x 8; or with --plain
     plain: bool = False  # the environment's own task (a box to find), without the next three flags
     num_apples: int = 4  # at random places of a maze, each worth 1
     episode_steps: int = 900  # of an episode with apples
@@ -98,14 +98,14 @@ class Args:
 # ---- The method ---------------------------------------------------------------------------------
 
 
-class Walk(NamedTuple):
+class Segment(NamedTuple):
     """Up to t_max consecutive steps of one episode under one copy of the parameters."""
 
     s_tm1: Tensor  # [N, K, 84, 84, 3] views, bytes
     a_tm1: Tensor  # [N, K] actions
     r_t: Tensor  # [N, K] rewards
     terminated: Tensor  # [N, K] the step ended the episode: nothing follows
-    v_t: Tensor  # [N, K] V(s_t), known where the walk ends
+    v_t: Tensor  # [N, K] V(s_t), known where the segment ends
     lstm_state: tuple[Tensor, Tensor] | None  # 2 x [1, K, 256] before the first step; None: zeros
 
 
@@ -184,12 +184,12 @@ def policy_entropy(logits: Tensor) -> Tensor:
     return -(log_pi.exp() * log_pi).sum()
 
 
-def maze_a3c_loss(net: MazeActorCritic, walk: Walk, args: Args) -> tuple[Tensor, dict[str, float]]:
-    """Algorithm S2's sum over a walk with section 4's entropy; its parts, a step's mean each."""
-    logits, v, _ = net(walk.s_tm1, walk.lstm_state)
-    cut = torch.zeros_like(walk.terminated)  # nowhere within a walk
-    R = n_step_returns(walk.r_t, walk.terminated, cut, walk.v_t, args.discount)
-    pi_loss = policy_loss(logits, walk.a_tm1, R - v)
+def a3c_loss(net: MazeActorCritic, segment: Segment, args: Args) -> tuple[Tensor, dict[str, float]]:
+    """Algorithm S2's sum over a segment with section 4's entropy; its parts, a step's mean each."""
+    logits, v, _ = net(segment.s_tm1, segment.lstm_state)
+    cut = torch.zeros_like(segment.terminated)  # only behind the last step
+    R = n_step_returns(segment.r_t, segment.terminated, cut, segment.v_t, args.discount)
+    pi_loss = policy_loss(logits, segment.a_tm1, R - v)
     v_loss = value_loss(R - v)
     entropy = policy_entropy(logits)
     watched = {
@@ -361,10 +361,10 @@ def as_input(s: np.ndarray) -> Tensor:
     return torch.from_numpy(s)[None, None]
 
 
-def explore_mazes(
+def play(
     env: gym.Env, seed: int, net: MazeActorCritic, t_max: int
-) -> Iterator[tuple[Walk, dict | None]]:
-    """Endless walks, each played with the parameters net has by then.
+) -> Iterator[tuple[Segment, dict | None]]:
+    """Endless segments, each played with the parameters net has by then.
 
     Each comes with the score "r" and the steps "l" of the episode that ended with it, if one did.
     """
@@ -388,7 +388,7 @@ def explore_mazes(
             v_t[-1] = net(s_t, lstm_state)[1]
         if terminated or truncated:
             s_t, lstm_state = as_input(env.reset()[0]), None
-        yield Walk(s_tm1, a_tm1, r_t, terminated_t, v_t, first_lstm_state), info.get("episode")
+        yield Segment(s_tm1, a_tm1, r_t, terminated_t, v_t, first_lstm_state), info.get("episode")
 
 
 # ---- Evaluation and training --------------------------------------------------------------------
@@ -422,8 +422,8 @@ def draw_walk(env: gym.Env, s: np.ndarray, path: list[np.ndarray]) -> Image.Imag
 def visits(games: Sequence[dict]) -> dict[str, float]:
     """Means over episodes: apples, portals, the steps of the first and of the later ways to one.
 
-    Ways count in episodes with two or more, each episode alike. A walker without memory then needs
-    as many steps first as later, on average; one that goes back to the portal needs less later.
+    Ways count in episodes with two or more, each episode with the same weight. Without memory the
+    first way takes as long as the later ones; who remembers the portal has short later ones.
     """
     metrics = {
         "eval/apples": float(np.mean([game["apples"] for game in games])),
@@ -473,13 +473,17 @@ def evaluate(
 
 
 def update(
-    net: MazeActorCritic, optimizer: SharedRMSProp, walk: Walk, learning_rate: float, args: Args
+    net: MazeActorCritic,
+    optimizer: SharedRMSProp,
+    segment: Segment,
+    learning_rate: float,
+    args: Args,
 ) -> dict[str, float]:
-    """Move the shared parameters by the gradient that net, a copy of them, has on a walk.
+    """Move the shared parameters by the gradient that net, a copy of them, has on a segment.
 
     A gradient that is not finite moves nothing; the norm returned is not finite then.
     """
-    loss, watched = maze_a3c_loss(net, walk, args)
+    loss, watched = a3c_loss(net, segment, args)
     gradients = torch.autograd.grad(loss, list(net.parameters()))
     norm = clip_by_norm(gradients, args.max_gradient_norm)
     if math.isfinite(norm):
@@ -506,14 +510,14 @@ def worker(
     np.random.seed(numpy_seed)  # for environments that use it
 
     env, net = make_env(args), copy.deepcopy(shared)  # theta'
-    walks = explore_mazes(env, env_seed, net, args.t_max)
+    segments = play(env, env_seed, net, args.t_max)
     while T.value < args.total_timesteps and main_process.is_alive():
         copy_parameters(shared, net)
-        walk, game = next(walks)
+        segment, game = next(segments)
         with T.get_lock():
-            step = T.value = T.value + walk.r_t.numel()
+            step = T.value = T.value + segment.r_t.numel()
         learning_rate = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
-        watched = update(net, optimizer, walk, learning_rate, args)
+        watched = update(net, optimizer, segment, learning_rate, args)
 
         if game:
             log.put(("charts/episodic_return", float(game["r"]), step))
@@ -530,7 +534,7 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
     try:
         first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
 
 
 def report(writer, step: int, metrics: dict[str, float]) -> None:
@@ -598,7 +602,7 @@ def keep_memory() -> None:
 
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
-FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
@@ -621,7 +625,7 @@ def check(args: Args) -> None:
         raise SystemExit("--resume and --evaluate stay in their folder: leave --run-dir out.")
 
 
-def check_walk(args: Args) -> None:
+def check_flags(args: Args) -> None:
     """Refuse combinations of flags that no run can have."""
     if args.random_walk and not args.evaluate:
         raise SystemExit("--random-walk is for evaluations: pass --evaluate, too.")
@@ -674,7 +678,7 @@ def supervise(
             seconds += now - last_time
             metrics = {tag: float(np.mean(values)) for tag, values in sorted(recent.items())}
             metrics["charts/SPS"] = (step - last_step) / (now - last_time)
-            metrics["charts/minutes"] = seconds / 60
+            metrics["charts/minutes"] = seconds / 60  # with the evaluations before this report
             recent, last_step, last_time = defaultdict(list), step, now
             save(T=step, seconds=seconds)
             if finished or (args.eval_every and step >= last_evaluation + args.eval_every):
@@ -738,7 +742,7 @@ def run(args: Args) -> dict[str, float]:
 
 def main(args: Args) -> dict[str, float]:
     check(args)
-    check_walk(args)
+    check_flags(args)
     try:
         return run(args)
     except KeyboardInterrupt:  # before or after training

@@ -5,16 +5,18 @@
     Run      python async_nstep_q.py --env-id PongNoFrameskip-v4 --orthogonal-init
                --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8 --total-timesteps 10000000
                --eval-episodes 30
-    Result   16.8 on Pong (seed 1; a random player has -20.4) in 91 min on 2 cores, partly beside
-               other work; no number in the paper
+    Result   16.8 on Pong (deviation of 30 games 1.8, seed 1; a random player has -20.4) in 91 min,
+               partly beside other work, on 2 cores of an AMD EPYC; no number in the paper
     Run      python async_nstep_q.py --algorithm onestep-q --env-id PongNoFrameskip-v4
                --orthogonal-init --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8
                --total-timesteps 4000000 --eval-episodes 30
-    Result   -11.2 on Pong (seed 1) in 43 min on 2 cores, partly beside other work
+    Result   -11.2 on Pong (deviation of 30 games 5.9, seed 1) in 43 min, partly beside other work,
+               on the same machine; no number in the paper
     Run      python async_nstep_q.py --algorithm onestep-sarsa --env-id PongNoFrameskip-v4
                --orthogonal-init --rmsprop-eps 1e-3 --num-workers 2 --envs-per-worker 8
                --total-timesteps 4000000 --eval-episodes 30
-    Result   -19.2 on Pong (seed 1) in 49 min on 2 cores, partly beside other work
+    Result   -19.2 on Pong (deviation of 30 games 1.8, seed 1) in 49 min, partly beside other work,
+               on the same machine; no number in the paper
 
 Departures: ours (the paper's)
     learning rate 7e-4 (searched per game), RMSProp's epsilon 0.1 and gradient norm 40 (not told:
@@ -28,8 +30,9 @@ Departures: ours (the paper's)
     exploration falls with T (T or a thread's t: not told); it is 0.05 in evaluation (not told)
     segments begin anew with an episode in the one-step methods, too (updates at every fifth step of
       a thread and at ends)
-    their gradients are all taken at a segment's end (each at its own step)
-    theta^- is renewed after the update of the segment in which it was due (at that step)
+    one-step methods: all gradients are taken at the end of a segment (each at its own step)
+    theta^- is copied after the update of the segment in which T passes a multiple of I_target (at
+      that step)
     Sarsa chooses the first action of an episode before the update at the end of the last one
       (after it)
     a game that begins within a segment has the last game's exploration rate until the segment's end
@@ -41,8 +44,8 @@ Departures: ours (the paper's)
     up to 30 no-ops before a game (not told)
     today's action sets: Pong 6 (3); sticky actions with *-v0 and ALE/*-v5 ids (none)
     K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
-      gradients of K segments. An episode that ends is followed by the next; the segment ends early
-      only when all K end at once, with K = 1 therefore at every end of an episode
+      gradients of K segments. A game whose episode ends begins the next within the segment, which
+      is cut short only when all K end in the same step: with K = 1 at every end of an episode
 
 Symbols: theta shared parameters; theta' a worker's copy; theta^- those of the target network; g
 running average of squared gradients; T steps taken by all workers; a_tm1 taken in s_tm1 gives r_t
@@ -88,7 +91,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # The method
-    algorithm: Literal["nstep-q", "onestep-q", "onestep-sarsa"] = "nstep-q"  # S1, or variants of 1
+    algorithm: Literal["nstep-q", "onestep-q", "onestep-sarsa"] = "nstep-q"  # S1; 1; 1 as Sarsa
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
     network: Literal["small", "large"] = "small"  # the network of DQN 2013 or of DQN 2015
     orthogonal_init: bool = False  # layers begin orthogonal (authors: as torch's)
@@ -103,7 +106,7 @@ class Args:
     learning_rate: float = 7e-4  # at the start; falls linearly to 0
     rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # inside the root
-    rmsprop_start: float = 0.0  # of g; TensorFlow's begins at 1, ports to it have eps 1e-5
+    rmsprop_start: float = 0.0  # first value of g; TensorFlow has 1 (its ports an eps of 1e-5)
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
     # The run
     report_every: int = 50_000  # steps between two reports, each with a checkpoint
@@ -501,7 +504,7 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
     try:
         first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
 
 
 def report(writer, step: int, metrics: dict[str, float]) -> None:
@@ -569,7 +572,7 @@ def keep_memory() -> None:
 
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
-FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
@@ -633,7 +636,7 @@ def supervise(
             seconds += now - last_time
             metrics = {tag: float(np.mean(values)) for tag, values in sorted(recent.items())}
             metrics["charts/SPS"] = (step - last_step) / (now - last_time)
-            metrics["charts/minutes"] = seconds / 60
+            metrics["charts/minutes"] = seconds / 60  # with the evaluations before this report
             recent, last_step, last_time = defaultdict(list), step, now
             save(T=step, seconds=seconds)
             if finished or (args.eval_every and step >= last_evaluation + args.eval_every):

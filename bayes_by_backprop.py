@@ -5,7 +5,8 @@
                and explore (figure 6)
     Run      python bayes_by_backprop.py
     Result   1.47 % test error (seeds 1 to 3: 1.36 to 1.53; dropout 1.41, a plain network 1.51) in
-               15 to 19 min on one core of an AMD EPYC; paper: 1.36 after 600 epochs (1.51, 1.83)
+               15 to 19 min on one core of an AMD EPYC, beside other runs; paper: 1.36 after 600
+               epochs (1.51, 1.83)
     Run      python bayes_by_backprop.py --task regression --prior gaussian --prior-sigma-1 1
                --kl-weighting uniform --rho-init -3 --samples 5 --learning-rate 5e-3 --epochs 1000
     Result   16 to 24 times wider quartiles beyond the data than inside (seeds 1 to 3; a plain
@@ -13,7 +14,7 @@
     Run      python bayes_by_backprop.py --task bandit --prior gaussian --prior-sigma-1 0.368
                --kl-weighting uniform --rho-init -3
     Result   regret 6,575 after 50,000 mushrooms (seed 1), at the end by 80 more each 1,000, in
-               54 min on one core of the same; paper: 5,700
+               54 min on one core of the same, beside another run; paper: 5,700
 
 Departures: ours (the paper's)
     Adam, 1e-3, on mnist 4 % less after each of 100 epochs, batch 128, for all three methods (SGD
@@ -25,9 +26,9 @@ Departures: ours (the paper's)
     regression, bandit: KL / M in each of M minibatches by --kl-weighting uniform
     the step descends the cost of a minibatch divided by --batch-size (mean or sum not told)
     dropout: half of the hidden units, a fifth of the pixels (after Hinton et al., not told)
-    regression: 2 x 100 units, 1,000 points, noise 0.02 a deviation, x in [0, 0.5]; the likelihood
-      has 0.1, because the noise enters three times (not told), and so have the quartiles: those of
-      a plain network are as wide everywhere
+    regression: 2 x 100 units, 1,000 points, noise 0.02 a deviation, x in [0, 0.5]; the likelihood's
+      deviation is 0.1, as the noise enters the curve three times (not told); quartiles include it,
+      so a plain network's band is equally wide everywhere
     bandit: the mean of a Gaussian of deviation 1 is learned by Adam, 1e-5; an unfilled buffer
       counts as a full one, its interactions repeated (not told)
     the network is chosen by the validation error of the mean weights (by which is not told)
@@ -81,24 +82,24 @@ class Args:
     prior: Literal["mixture", "gaussian"] = "mixture"  # scale mixture, or its first part alone
     prior_pi: float = 0.25  # weight of the first, wide part
     prior_sigma_1: float = 1.0  # its deviation
-    prior_sigma_2: float = 0.368  # that of the narrow part
+    prior_sigma_2: float = 0.368  # that of the narrow part (paper: e^-6, e^-7 or e^-8)
     rho_init: float = -4.0  # of every rho: deviations begin at log(1 + e^rho)
     kl_weighting: Literal["blundell", "uniform"] = "blundell"  # pi_i: 2^(M-i) / (2^M - 1) or 1/M
     noise_std: float = 0.0  # of the Gaussian likelihood; 0: 0.1 in regression, 1 in the bandit
     # Optimisation
-    epochs: int = 100  # passes over the training set (regression: over 1,000 points)
+    epochs: int = 100  # passes over the training set (paper: 600; regression: over 1,000 points)
     interactions: int = 50_000  # bandit: mushrooms met
     batch_size: int = 128  # examples of a minibatch (bandit: always 64)
     optimizer: Literal["adam", "sgd"] = "adam"  # sgd: the paper's, with --sgd-momentum
     learning_rate: float = 0.0  # in the first epoch; 0: 1e-3, in the bandit 1e-5
-    learning_rate_decay: float = 0.96  # mnist: factor on it after each epoch
+    learning_rate_decay: float = 0.96  # mnist: factor on --learning-rate after each epoch
     sgd_momentum: float = 0.0  # of --optimizer sgd
     # The run
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
     bandit_data: Literal["mushroom", "breast-cancer"] = "mushroom"  # the second: in scikit-learn
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
     eval_samples: int = 10  # networks drawn from the posterior, their probabilities averaged
-    report_every: int = 1000  # bandit: mushrooms between two reports
+    report_every: int = 1000  # bandit: mushrooms between two reports, each with a checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     seed: int = 1  # of every random number
     run_dir: str = ""  # for logs, pictures, checkpoint.pt; default runs/TASK_METHOD__SCRIPT__...
@@ -110,7 +111,7 @@ class Args:
 
 
 class Prior(NamedTuple):
-    """P(w_j) = pi N(0, sigma_1^2) + (1 - pi) N(0, sigma_2^2) of every weight (equation 7).
+    """P(w_j) = pi N(0, sigma_1^2) + (1 - pi) N(0, sigma_2^2) of every weight (eq. 7).
 
     With sigma_1 = sigma_2 it is a single Gaussian.
     """
@@ -146,10 +147,10 @@ def log_q(eps: Tensor, sigma: Tensor) -> Tensor:
 class SampledWeights(torch.autograd.Function):
     """w = mu + sigma eps and its log q(w) - log P(w), with the gradients of section 3.2 by hand.
 
-    In w's own gradient -eps / sigma of log q meets +eps / sigma of its mean and is gone; what
-    remains of log q is -1 / sigma, in the gradient of rho. In place: W is in the millions, and
-    fresh memory costs more than the arithmetic. The value of the second output costs a third of a
-    step, and its gradient does not need it: without valued it is 0.
+    In the gradient of mu, log q adds -eps / sigma through w and +eps / sigma through its mean: they
+    cancel. Of log q only -1 / sigma remains, in the gradient of rho. In place: W is in the
+    millions, and fresh memory costs more than the arithmetic. The value of the second output costs
+    a third of a step, and its gradient does not need it: without valued it is 0.
     """
 
     @staticmethod
@@ -259,7 +260,7 @@ def minibatch_cost(
     samples: int,
     valued: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """pi_i KL - log P(D_i|w), the same w in all three terms, mean over samples (equations 2, 9).
+    """pi_i KL - log P(D_i|w), the same w in all three terms, mean over samples (eq. 2 and 9).
 
     negative_log_likelihood(w) sums over the examples of the minibatch, so that the costs of an
     epoch sum to the free energy of the whole training set. Returns both terms; unless valued, the
@@ -386,12 +387,119 @@ def make_curve(N: int) -> tuple[Tensor, Tensor]:
 # ---- Evaluation and training --------------------------------------------------------------------
 
 
+@torch.no_grad()
+def class_probabilities(
+    weights: nn.Module, x: Tensor, sizes: Sequence[int], samples: int
+) -> Tensor:
+    """[B, 10]; arithmetic mean over networks drawn from the posterior; 0 samples: of its mean."""
+    if samples == 0:
+        return network(x, weights.mean(), sizes).softmax(1)
+    return sum(network(x, weights.draw(), sizes).softmax(1) for _ in range(samples)) / samples
+
+
+def error_rate(p: Tensor, y: Tensor) -> float:
+    """Percent."""
+    return 100 * (p.argmax(1) != y).float().mean().item()
+
+
+PRUNED = (0.0, 0.5, 0.75, 0.95, 0.98)  # table 2
+
+
+@torch.no_grad()
+def evaluate(
+    weights: nn.Module, sizes: Sequence[int], test: tuple[Tensor, Tensor], args: Args
+) -> dict[str, float]:
+    """Test errors in percent: of networks drawn, their probabilities averaged, and of the mean."""
+    x, y = test
+    metrics = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        for tag, samples in (("error", args.eval_samples), ("error_of_mean", 0)):
+            p = class_probabilities(weights, x, sizes, samples)
+            metrics[f"eval/{tag}"] = error_rate(p, y)
+    return metrics
+
+
+def evaluate_pruned(
+    weights: WeightPosterior, sizes: Sequence[int], test: tuple[Tensor, Tensor], args: Args
+) -> dict[str, float]:
+    """The same errors with the given percentages of weights removed (table 2)."""
+    metrics = {}
+    for fraction in PRUNED:
+        weights.prune(fraction)
+        for tag, error in evaluate(weights, sizes, test, args).items():
+            metrics[f"{tag}_pruned_{100 * fraction:g}"] = error
+    weights.prune(0.0)
+    return metrics
+
+
+def make_prior(args: Args) -> Prior:
+    """The mixture, or its first part alone."""
+    sigma_2 = args.prior_sigma_2 if args.prior == "mixture" else args.prior_sigma_1
+    return Prior(args.prior_pi, args.prior_sigma_1, sigma_2)
+
+
+def learning_rate_at(epoch: int, args: Args) -> float:
+    """Smaller after each epoch, counted from 1."""
+    first = args.learning_rate or (1e-5 if args.task == "bandit" else 1e-3)
+    return first * args.learning_rate_decay ** (epoch - 1)
+
+
+def make_optimizer(weights: nn.Module, args: Args) -> torch.optim.Optimizer:
+    """Adam, or gradient descent with momentum, at the rate of the first epoch."""
+    theta, rate = weights.parameters(), learning_rate_at(1, args)
+    if args.optimizer == "adam":
+        return torch.optim.Adam(theta, rate, fused=True)
+    return torch.optim.SGD(theta, rate, momentum=args.sgd_momentum, fused=True)
+
+
+def update(
+    weights: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    negative_log_likelihood: Callable[[Tensor], Tensor],
+    pi_i: float | Tensor,
+    batch_size: int,
+    prior: Prior,
+    samples: int,
+) -> Tensor:
+    """One step on a minibatch's cost divided by batch_size; returns the cost's error term."""
+    optimizer.zero_grad()
+    kl, error = minibatch_cost(weights, negative_log_likelihood, pi_i, prior, samples, valued=False)
+    ((kl + error) / batch_size).backward()
+    optimizer.step()
+    return error.detach()
+
+
+def learn_from(
+    minibatches: Iterator[tuple[Tensor, ...]], learn: Callable[..., Tensor]
+) -> Iterator[Tensor]:
+    """What learn says of each minibatch.
+
+    A GPU is done with a small network's step before Python has launched the next. So there the
+    fourth step is recorded as a CUDA graph, learning rates included, and repeated with the
+    minibatches that follow. Whatever has another size, like the last one, is learned step by step.
+    """
+    graph, recorded = None, ()
+    for n, minibatch in enumerate(minibatches):
+        if minibatch[0].is_cuda and n == 3:
+            recorded, graph = [part.clone() for part in minibatch], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                said = learn(*recorded)
+        if graph is not None and len(minibatch[0]) == len(recorded[0]):
+            for there, here in zip(recorded, minibatch):
+                there.copy_(here)
+            graph.replay()
+            yield said.clone()
+        else:
+            yield learn(*minibatch)
+
+
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """A picture; where it cannot be written, a line says so and the run goes on."""
     try:
         figure.savefig(path, dpi=90, bbox_inches="tight")
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
     plt.close(figure)
 
 
@@ -490,7 +598,7 @@ def keep_memory() -> None:
 
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
-FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
@@ -518,7 +626,7 @@ OF_POSTERIORS += ("kl_weighting",)
 OF_BANDITS = "interactions", "report_every", "bandit_data"
 
 
-def check_experiment(args: Args) -> None:
+def check_flags(args: Args) -> None:
     """Refuse combinations of flags that no run can have."""
     wide, narrow = args.prior_sigma_1, args.prior_sigma_2
     if not 0 < args.prior_pi < 1:
@@ -530,11 +638,13 @@ def check_experiment(args: Args) -> None:
             f"--prior-sigma-2 must be above 1e-9 and at most --prior-sigma-1, {wide}, not {narrow}."
         )
     if args.task != "mnist" and args.method != "bbb":
-        raise SystemExit("--method is for --task mnist; the bandit has --agent.")
+        raise SystemExit("--method is for --task mnist: leave it out; the bandit has --agent.")
     if args.task != "bandit" and args.agent != "bbb":
         raise SystemExit("--agent is for --task bandit: leave it out.")
     if args.task != "mnist" and args.dataset != "mnist":
-        raise SystemExit("--dataset is for --task mnist; the bandit has --bandit-data.")
+        raise SystemExit(
+            "--dataset is for --task mnist: leave it out; the bandit has --bandit-data."
+        )
     if args.optimizer == "adam" and args.sgd_momentum:
         raise SystemExit("--sgd-momentum is for --optimizer sgd: leave it out.")
     if args.task == "bandit" and args.device == "cuda":
@@ -562,113 +672,6 @@ KEPT = (  # flags that a resumed run has to share with its beginning
     *("samples", "prior", "prior_pi", "prior_sigma_1", "prior_sigma_2", "kl_weighting"),
     *("noise_std", "report_every"),
 )
-
-
-def make_prior(args: Args) -> Prior:
-    """The mixture, or its first part alone."""
-    sigma_2 = args.prior_sigma_2 if args.prior == "mixture" else args.prior_sigma_1
-    return Prior(args.prior_pi, args.prior_sigma_1, sigma_2)
-
-
-def learning_rate_at(epoch: int, args: Args) -> float:
-    """Smaller after each epoch, counted from 1."""
-    first = args.learning_rate or (1e-5 if args.task == "bandit" else 1e-3)
-    return first * args.learning_rate_decay ** (epoch - 1)
-
-
-def make_optimizer(weights: nn.Module, args: Args) -> torch.optim.Optimizer:
-    """Adam, or gradient descent with momentum, at the rate of the first epoch."""
-    theta, rate = weights.parameters(), learning_rate_at(1, args)
-    if args.optimizer == "adam":
-        return torch.optim.Adam(theta, rate, fused=True)
-    return torch.optim.SGD(theta, rate, momentum=args.sgd_momentum, fused=True)
-
-
-def update(
-    weights: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    negative_log_likelihood: Callable[[Tensor], Tensor],
-    pi_i: float | Tensor,
-    batch_size: int,
-    prior: Prior,
-    samples: int,
-) -> Tensor:
-    """One step on the cost of a minibatch by its size; returns the error term of the cost."""
-    optimizer.zero_grad()
-    kl, error = minibatch_cost(weights, negative_log_likelihood, pi_i, prior, samples, valued=False)
-    ((kl + error) / batch_size).backward()
-    optimizer.step()
-    return error.detach()
-
-
-def learn_from(
-    minibatches: Iterator[tuple[Tensor, ...]], learn: Callable[..., Tensor]
-) -> Iterator[Tensor]:
-    """What learn says of each minibatch.
-
-    A GPU is done with a small network's step before Python has launched the next. So there the
-    fourth step is recorded as a CUDA graph, learning rates included, and repeated with the
-    minibatches that follow. Whatever has another size, like the last one, is learned step by step.
-    """
-    graph, recorded = None, ()
-    for n, minibatch in enumerate(minibatches):
-        if minibatch[0].is_cuda and n == 3:
-            recorded, graph = [part.clone() for part in minibatch], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                said = learn(*recorded)
-        if graph is not None and len(minibatch[0]) == len(recorded[0]):
-            for there, here in zip(recorded, minibatch):
-                there.copy_(here)
-            graph.replay()
-            yield said.clone()
-        else:
-            yield learn(*minibatch)
-
-
-@torch.no_grad()
-def class_probabilities(
-    weights: nn.Module, x: Tensor, sizes: Sequence[int], samples: int
-) -> Tensor:
-    """[B, 10]; arithmetic mean over networks drawn from the posterior; 0 samples: of its mean."""
-    if samples == 0:
-        return network(x, weights.mean(), sizes).softmax(1)
-    return sum(network(x, weights.draw(), sizes).softmax(1) for _ in range(samples)) / samples
-
-
-def error_rate(p: Tensor, y: Tensor) -> float:
-    """Percent."""
-    return 100 * (p.argmax(1) != y).float().mean().item()
-
-
-PRUNED = (0.0, 0.5, 0.75, 0.95, 0.98)  # table 2
-
-
-@torch.no_grad()
-def evaluate(
-    weights: nn.Module, sizes: Sequence[int], test: tuple[Tensor, Tensor], args: Args
-) -> dict[str, float]:
-    """Test errors in percent: of networks drawn, their probabilities averaged, and of the mean."""
-    x, y = test
-    metrics = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed)
-        for tag, samples in (("error", args.eval_samples), ("error_of_mean", 0)):
-            p = class_probabilities(weights, x, sizes, samples)
-            metrics[f"eval/{tag}"] = error_rate(p, y)
-    return metrics
-
-
-def evaluate_pruned(
-    weights: WeightPosterior, sizes: Sequence[int], test: tuple[Tensor, Tensor], args: Args
-) -> dict[str, float]:
-    """The same errors with the given percentages of weights removed (table 2)."""
-    metrics = {}
-    for fraction in PRUNED:
-        weights.prune(fraction)
-        for tag, error in evaluate(weights, sizes, test, args).items():
-            metrics[f"{tag}_pruned_{100 * fraction:g}"] = error
-    weights.prune(0.0)
-    return metrics
 
 
 def draw_weights(weights: nn.Module, path: Path) -> None:
@@ -867,16 +870,19 @@ def run_regression(args: Args, device: str) -> dict[str, float]:
                         metrics[f"eval/{name}_error_inside"] = off.item()
         return metrics
 
+    draw = partial(draw_regression, dict(both), (x, y), sizes, std)
     if args.evaluate:
         load_checkpoint(Path(args.evaluate), args, both, *shaping, "noise_std")
-        return measure()
+        metrics = measure()
+        draw(Path(args.evaluate).with_name("regression.png"))
+        return metrics
     if args.resume:
         checkpoint = load_checkpoint(Path(args.resume), args, both, *shaping, *KEPT)
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         torch.set_rng_state(checkpoint["rng"])
         torch.cuda.manual_seed(args.seed + checkpoint["epoch"])  # a GPU goes on with other draws
-        first_epoch, seconds = checkpoint["epoch"] + 1, checkpoint.get("seconds", 0.0)
+        first_epoch, seconds = checkpoint["epoch"] + 1, checkpoint["seconds"]
         if first_epoch > args.epochs:
             raise SystemExit(f"{args.resume} has had {first_epoch - 1} epochs: raise --epochs.")
 
@@ -907,7 +913,9 @@ def run_regression(args: Args, device: str) -> dict[str, float]:
             path = Path(writer.log_dir, "checkpoint.pt")
             save_checkpoint(path, epoch=epoch, net=both.state_dict(), **state)
             finished = epoch == args.epochs
-            metrics = {"losses/free_energy": (kl + sum(errors)).item()}
+            error = sum(errors)
+            metrics = {"losses/free_energy": (kl + error).item(), "losses/kl": kl.item()}
+            metrics["losses/error"] = error.item()
             metrics["charts/SPS"] = len(x) / took  # points per second, seen by both networks
             metrics["charts/learning_rate"] = optimizers[0].param_groups[0]["lr"]
             metrics["charts/minutes"] = seconds / 60  # of training alone
@@ -917,7 +925,7 @@ def run_regression(args: Args, device: str) -> dict[str, float]:
         raise stopped(writer.log_dir, finished) from None
     finally:
         writer.close()
-    draw_regression(dict(both), (x, y), sizes, std, Path(writer.log_dir, "regression.png"))
+    draw(Path(writer.log_dir, "regression.png"))
     return metrics
 
 
@@ -972,7 +980,10 @@ def mistakes(
 
 def draw_regret(path: Path) -> None:
     """Cumulative regret of this run against interactions, from its metrics.csv (figure 6)."""
-    rows = [line.split(",") for line in Path(path.parent, "metrics.csv").read_text().splitlines()]
+    table = path.with_name("metrics.csv")
+    if not table.exists():  # a checkpoint without its run
+        return
+    rows = [line.split(",") for line in table.read_text().splitlines()]
     points = [(int(t), float(value)) for t, tag, value in rows if tag == "charts/regret"]
     figure, axis = plt.subplots(figsize=(5, 3.4))
     axis.plot(*zip(*points))
@@ -996,13 +1007,14 @@ def run_bandit(args: Args) -> dict[str, float]:
     first, regret, seconds, finished, metrics = 0, 0.0, 0.0, False, {}
     if args.evaluate:
         load_checkpoint(Path(args.evaluate), args, weights, *shaping)
+        draw_regret(Path(args.evaluate).with_name("regret.png"))
         return mistakes(weights, contexts, edible, sizes, args)
     if args.resume:
         checkpoint = load_checkpoint(Path(args.resume), args, weights, *shaping, *KEPT)
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
         x, r, regret = checkpoint["x"], checkpoint["r"], checkpoint["regret"]
-        first, seconds = checkpoint["t"], checkpoint.get("seconds", 0.0)
+        first, seconds = checkpoint["t"], checkpoint["seconds"]
         if first >= args.interactions:
             raise SystemExit(f"{args.resume} has met {first} mushrooms: raise --interactions.")
 
@@ -1045,7 +1057,7 @@ def run_bandit(args: Args) -> dict[str, float]:
             save_checkpoint(path, t=t + 1, regret=regret, **state)
             finished = t + 1 == args.interactions
             metrics = {"charts/regret": regret, "losses/kl": kl}
-            metrics["losses/error"] = error.item()
+            metrics["losses/error"] = error.item()  # of the last minibatch
             metrics["charts/SPS"] = (t + 1 - reported) / took  # mushrooms per second
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             metrics["charts/minutes"] = seconds / 60  # of training alone
@@ -1070,7 +1082,7 @@ def run(args: Args, device: str) -> dict[str, float]:
 
 def main(args: Args) -> dict[str, float]:
     check(args)
-    check_experiment(args)
+    check_flags(args)
     keep_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:

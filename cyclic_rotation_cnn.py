@@ -5,25 +5,27 @@
     Shows    networks that turn their feature maps need fewer filters and err less (table 2)
     Run      python cyclic_rotation_cnn.py --bfloat16 --epochs 20
     Result   1.72 % of turned digits wrong (seeds 1 to 3; without cyclic layers 4.26) in 12 min on
-               one core of an AMD EPYC; the paper has no digits
+               one core of an AMD EPYC, beside other runs; the paper has no digits
     Run      python cyclic_rotation_cnn.py --variant roll-all --bfloat16 --epochs 20
     Result   1.78 % of them with a third of the parameters (seeds 1 to 3; a network as small
-               without cyclic layers 6.28) in 6 min on one core of the same
+               without cyclic layers 6.28) in 6 min on one core of the same, beside other runs
     Run      python cyclic_rotation_cnn.py --dataset plankton --bfloat16 --epochs 36
     Result   0.859 of cross-entropy on a hold-out of plankton (seed 1; without cyclic layers 0.963)
-               in 6 min on an NVIDIA H100; paper, length not told: 0.678 (0.704)
+               in 6 min on an NVIDIA H100, beside other programs; paper, length not told: 0.678
+               (0.704)
     Run      python cyclic_rotation_cnn.py --dataset plankton --image-size 47 --bfloat16 --epochs 10
-    Result   1.183 of the same on smaller pictures (seed 1; without 1.551) in 101 min on one core
+    Result   1.183 of the same on smaller pictures (seed 1; without 1.551) in 101 min on one core,
+               beside other runs
 
 Departures: ours (the paper's)
     rotated-mnist and digits with a network of our own (plankton, galaxies, buildings)
-    features are pooled before their ReLU (with means the best of the paper's six; the three after
-      it cannot be chosen), no ReLU follows (not told)
+    paths are pooled before the ReLU, none follows (before or after, the mean before was best;
+      whether one follows is not told)
     equal epochs: a sliced network makes four times the steps, each on a quarter of the pictures,
       which it sees in four directions (the same batches, steps not told)
     Adam 1e-3, divided by 10 after 85 and 95 % of 60 epochs, batch 128, decay 1e-4 (values not
       told); whole epochs count: ten, as in the last Run line, have one drop, before the last
-    plankton's ink is 1, paper 0; galaxies and buildings lie between -1 and 1 (not told)
+    plankton: ink is 1, background 0; galaxies and buildings lie between -1 and 1 (not told)
     augmentation: any rotation; plankton also shift 4 %, each side by up to 1.3, shear 15 degrees,
       flips, galaxies flips (only rotation told); buildings: tiles on a grid, quarter turns, which
       sliced networks do not feel, and flips (tiles anywhere, any rotation)
@@ -33,6 +35,7 @@ Departures: ours (the paper's)
     rolls between convolutions turn the filters, which is the same function, more than twice as fast
       (maps; --turned maps does it)
     weights begin as He et al. advise for rectifiers (not told)
+    --bfloat16, 16 bits, is ours, off by default, and in the Run lines
     the group is C4 alone: D4, with reflections, doubles the copies and brought the authors little
 
 Symbols: r turns a picture clockwise by a quarter; four paths x_0 ... x_3 lie along the batch axis,
@@ -236,12 +239,18 @@ def layout_of(dataset: Dataset) -> Layout:
 FEWER = {"half": 2, "roll-all": 4, "roll-half": 2}  # filters divided by
 
 
+def sliced(variant: Variant) -> bool:
+    """Whether the network has cyclic layers."""
+    return variant not in ("baseline", "half")
+
+
 class CyclicNetwork(nn.Sequential):
     """A network of figure 6 in one of its variants: slice first, pool before the output layer.
 
     roll-all, roll-half roll after every convolution and the first dense layer, roll-dense after the
-    latter alone. A roll makes four times as many channels of four times fewer. turned says what
-    turns in the rolls between convolutions: the maps, or the filters of the next one.
+    latter alone. A roll makes 4 C channels of C, so the layers before it have a quarter or half of
+    the filters (FEWER). turned says what turns in the rolls between convolutions: the maps, or the
+    filters of the next one.
     """
 
     def __init__(
@@ -254,9 +263,8 @@ class CyclicNetwork(nn.Sequential):
         bfloat16: bool = False,
     ):
         fewer, rolls = FEWER.get(variant, 1), variant in ("roll-all", "roll-half")
-        sliced = variant not in ("baseline", "half")
         size, n = layout.size, layout.channels
-        layers = [CyclicSlice()] if sliced else []
+        layers = [CyclicSlice()] if sliced(variant) else []
         turns_filters = rolls and turned == "filters"
         convolution, roll = nn.Conv2d, [CyclicStack() if turns_filters else CyclicRoll()] * rolls
         for stage in layout.stages:
@@ -289,7 +297,7 @@ class CyclicNetwork(nn.Sequential):
             last = [nn.Dropout(), nn.Linear(second, outputs)]
         else:
             hidden, last = [nn.Conv2d(n, second, 1)], [nn.Conv2d(second, outputs, 1)]
-        super().__init__(*layers, *hidden, CyclicPool(how) if sliced else nn.ReLU(), *last)
+        super().__init__(*layers, *hidden, CyclicPool(how) if sliced(variant) else nn.ReLU(), *last)
         for layer in self:
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -613,7 +621,7 @@ def objective(output: Tensor, y: Tensor, dataset: str) -> Tensor:
 def predict(net: nn.Module, x: Tensor, args: Args) -> Tensor:
     """The network's outputs for all pictures x, without dropout."""
     net.eval()
-    parts = x.split(max(1, 4 * args.batch_size // (4 if sliced(args) else 1)))
+    parts = x.split(max(1, 4 * args.batch_size // (4 if sliced(args.variant) else 1)))
     parts = tqdm(parts, unit="batch", leave=False, disable=None)
     outputs = torch.cat([net(prepare(part, args, training=False)) for part in parts])
     net.train()
@@ -630,11 +638,6 @@ def evaluate(net: nn.Module, args: Args, examples: Pictures) -> dict[str, float]
         houses = centre(y, output.shape[-1]).flatten().cpu().numpy()
         return metrics | {"eval/auc": float(roc_auc_score(houses, output.flatten().cpu().numpy()))}
     return metrics | {"eval/error": 100 * (output.argmax(1) != y).float().mean().item()}
-
-
-def sliced(args: Args) -> bool:
-    """Whether the network has cyclic layers."""
-    return args.variant not in ("baseline", "half")
 
 
 def update(
@@ -659,7 +662,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=90, bbox_inches="tight")
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
     plt.close(figure)
 
 
@@ -750,7 +753,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
 
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
-FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
@@ -773,7 +776,7 @@ def check(args: Args) -> None:
         raise SystemExit("--resume and --evaluate stay in their folder: leave --run-dir out.")
 
 
-def check_variant(args: Args) -> None:
+def check_flags(args: Args) -> None:
     """Refuse combinations of flags that no run can have."""
     if args.variant == "roll-half" and args.dataset != "buildings":
         raise SystemExit("--variant roll-half is a network of --dataset buildings alone.")
@@ -788,19 +791,26 @@ def check_variant(args: Args) -> None:
         )
     if args.image_size and args.dataset in ("rotated-mnist", "digits"):
         raise SystemExit("--image-size is for plankton, galaxies and buildings: leave it out.")
-    if args.pool != Args.pool and not sliced(args):
-        raise SystemExit(f"--pool has no effect with --variant {args.variant}: leave it out.")
-    if args.turned != Args.turned and args.variant not in ("roll-all", "roll-half"):
-        raise SystemExit(f"--turned has no effect with --variant {args.variant}: leave it out.")
     if args.batch_size % 4:
         raise SystemExit(
             f"--batch-size must be a multiple of 4, for the four paths, not {args.batch_size}."
         )
+    variant, rolls = f"with --variant {args.variant}", args.variant in ("roll-all", "roll-half")
+    for holds, where, names in (  # if it holds, the flags of these names have no effect
+        (not sliced(args.variant), variant, ("pool",)),
+        (not rolls, variant, ("turned",)),
+        (args.dataset != "plankton", f"on {args.dataset}", ("weight_decay",)),
+    ):
+        given = [name for name in names if getattr(args, name) != getattr(Args, name)]
+        if holds and given:
+            raise SystemExit(f"--{given[0].replace('_', '-')} has no effect {where}: leave it out.")
     if args.run_dir and not args.evaluate and os.path.exists(Path(args.run_dir, "checkpoint.pt")):
         open_run_dir(args, "", "")  # refuses it before anything is loaded
 
 
-KEPT = ("seed", "batch_size", "learning_rate", "weight_decay", "bfloat16")  # on --resume
+KEPT = (  # flags that a resumed run has to share with its beginning
+    *("seed", "batch_size", "learning_rate", "weight_decay", "bfloat16"),
+)
 
 
 @torch.no_grad()
@@ -883,8 +893,14 @@ def run(args: Args, device: str) -> dict[str, float]:
     optimizer = fused(net.parameters(), args.learning_rate, weight_decay=decay)
     shaping = ("dataset", "variant", "image_size", "pool", "turned")
     first_epoch, seconds, finished = 1, 0.0, False
+
+    def draw_pictures(folder: Path) -> None:
+        draw_paths(net, args, test, folder / "paths.png")
+        draw_answers(net, args, test, folder / "answers.png")
+
     if args.evaluate:
         load_checkpoint(Path(args.evaluate), args, net, *shaping)
+        draw_pictures(Path(args.evaluate).parent)
         return evaluate(net, args, test)
     if args.resume:
         checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, *KEPT)
@@ -898,7 +914,7 @@ def run(args: Args, device: str) -> dict[str, float]:
     run_dir = open_run_dir(args, f"{args.dataset}_{args.variant}", "cyclic_rotation_cnn")
     writer = SummaryWriter(run_dir)
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
-    new_pictures = args.batch_size // (4 if sliced(args) else 1)  # the slice makes the others
+    new_pictures = args.batch_size // (4 if sliced(args.variant) else 1)  # the slice makes the rest
     try:
         for epoch in tqdm(range(first_epoch, args.epochs + 1), unit="epoch", disable=None):
             for group in optimizer.param_groups:
@@ -917,25 +933,24 @@ def run(args: Args, device: str) -> dict[str, float]:
             metrics["charts/SPS"] = len(train.y) / took  # images per second
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             metrics["charts/minutes"] = seconds / 60  # of training alone
-            if epoch % args.eval_every == 0 or epoch == args.epochs:
-                metrics |= evaluate(net, args, test)
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
             save_checkpoint(run_dir / "checkpoint.pt", epoch=epoch, **state)
             finished = epoch == args.epochs
+            if finished or epoch % args.eval_every == 0:
+                metrics |= evaluate(net, args, test)
             report(writer, epoch, metrics)
     except KeyboardInterrupt:
         raise stopped(run_dir, finished) from None
     finally:
         writer.close()
-    draw_paths(net, args, test, run_dir / "paths.png")
-    draw_answers(net, args, test, run_dir / "answers.png")
+    draw_pictures(run_dir)
     return metrics
 
 
 def main(args: Args) -> dict[str, float]:
     check(args)
-    check_variant(args)
+    check_flags(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
         return run(args, choose_device(args.device))

@@ -34,10 +34,11 @@ Departures: ours (the paper's, or what is known of it)
     an update every 4 steps (every step); both sides wait for each other to keep that ratio
     target network every 2,500 updates (60,000), exploration falls during 62,500 (1 million): 10,000
       and 250,000 steps here; a learner that restarts takes the current parameters as its target
-    a shard that dies falls back to its last own checkpoint, and may apply a gradient twice whose
-      answer it owed; a memory that dies starts empty and waits for its first steps again (not told)
-    a learner asks for parameters when it has sent a gradient (before its next minibatch): what
-      others send in between, it gets with the one after
+    a shard that dies falls back to its last own checkpoint; a gradient that it had applied but not
+      yet answered for may be applied again; a memory that dies starts empty and waits for its
+      first steps again (not told)
+    a learner fetches parameters right after it has sent a gradient (right before its next
+      minibatch), so it sees what others send in between one minibatch later
     actors fetch parameters every 100 steps within an episode, in a bundle with each minibatch, too
       (every step); each shard judges by itself whether a gradient is too old (not told)
     a memory of 1 million steps shared out among the actors (1 million each), 50,000 of them before
@@ -49,6 +50,8 @@ Departures: ours (the paper's, or what is known of it)
       above an exponential mean, after 1,000 minibatches ("several", a running mean): where hardly
       any minibatch holds a reward, those that do are thrown away
     TD errors clipped to [-1, 1] as in DQN 2015 (algorithm 1 writes the plain square)
+    rewards are clipped to [-1, 1], exploration is 0.05 in evaluation (not told)
+    today's action sets: Pong 6 (3); sticky actions with *-v0 and ALE/*-v5 ids (none)
     ours alone, off by default: --bfloat16, --optimizer sgd
     training episodes end with a life, games after 108,000 frames (not told); of the paper's two
       protocols the one with no-op starts (human starts were never published)
@@ -210,7 +213,7 @@ def adagrad(theta: np.ndarray, G: np.ndarray, g: np.ndarray, learning_rate: floa
 
 
 class LossStatistics:
-    """Mean and deviation of a learner's absolute loss; far above them lie outliers (section 4.2).
+    """Mean and deviation of a learner's loss; far above them lie outliers (section 4.2).
 
     Plain averages at first, exponential ones later: the loss jumps with every target network.
     """
@@ -299,7 +302,7 @@ class ParameterServer:
         self.shards, self.wait, self.answers = shards, wait, []
 
     def pull(self) -> tuple[np.ndarray, list[int]]:
-        """theta and the version of each slice, no older than after the last gradient sent."""
+        """theta and the version of each slice, as they are after our last push or later."""
         answers = self.wait(self.answers or [shard.pull() for shard in self.shards])
         slices, versions = zip(*answers[-len(self.shards) :])
         self.answers = []
@@ -821,7 +824,7 @@ class Gorila:
                 self.begin_round(name)
         for name, since in self.rounds.values():
             if time.monotonic() - since > 2 * self.args.patience:
-                raise TimeoutError(f"no report of {name}")
+                raise TimeoutError(f"no report of {name} in {2 * self.args.patience:g} seconds")
 
     def recognise(self, name: str, pid: int) -> bool:
         """Whether a component is another process than it was, which is said and counted."""
@@ -853,7 +856,7 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
     try:
         first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
 
 
 def report(writer, step: int, metrics: dict[str, float]) -> None:
@@ -921,7 +924,7 @@ def keep_memory() -> None:
 
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
-FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
@@ -944,7 +947,7 @@ def check(args: Args) -> None:
         raise SystemExit("--resume and --evaluate stay in their folder: leave --run-dir out.")
 
 
-def check_architecture(args: Args) -> None:
+def check_flags(args: Args) -> None:
     """Refuse combinations of flags that no run can have."""
     if args.replay == "local" and args.num_actors != args.num_learners:
         raise SystemExit(
@@ -970,6 +973,8 @@ def check_architecture(args: Args) -> None:
             f"--replay-capacity must be at least {least:,} (--learning-starts, and {2 * ROUND} for "
             f"each actor), not {args.replay_capacity:,}."
         )
+    if args.run_dir and not args.evaluate and os.path.exists(Path(args.run_dir, "checkpoint.pt")):
+        open_run_dir(args, "", "")  # refuses it before anything is loaded
 
 
 def check_replay(args: Args) -> None:
@@ -1086,8 +1091,8 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
         reason = str(error).strip().splitlines()[-1]
         go_on = f"Go on with --resume {path}" if path.exists() else "Begin anew"
         raise SystemExit(
-            f"A process has not answered for {args.patience:g} seconds ({reason}): the run stops. "
-            f"{go_on}, or wait longer with --patience."
+            f"A process has not answered ({reason}): the run stops. {go_on}, or wait longer with "
+            f"--patience, now {args.patience:g} seconds."
         ) from None
     except ActorDiedError as error:
         reason = str(error).strip().splitlines()[-1]
@@ -1130,7 +1135,7 @@ def run(args: Args) -> dict[str, float]:
 
 def main(args: Args) -> dict[str, float]:
     check(args)
-    check_architecture(args)
+    check_flags(args)
     try:
         return run(args)
     except KeyboardInterrupt:  # before or after training

@@ -6,11 +6,11 @@
     Run      python multi_object_attention.py --batch-size 256 --learning-rate 0.002
                --learning-rate-decay 0.984 --epochs 200 --no-hold-out --bfloat16
     Result   4.75 % of pairs wrong (seed 1; of one path alone 6.53) in 147 min on one core of an
-               AMD EPYC; paper: 5
+               AMD EPYC, beside another run; paper: 5
     Run      python multi_object_attention.py --task addition --batch-size 256 --learning-rate 0.002
                --learning-rate-decay 0.984 --epochs 200 --no-hold-out --bfloat16
     Result   1.86 % of sums wrong (seed 1; of one path alone 2.43; a convolutional network 2.60) in
-               145 min on one core of an AMD EPYC; paper: 2.5
+               145 min on one core of the same, beside another run; paper: 2.5
     Run      python multi_object_attention.py --task svhn --forward-backward
     Result   not yet measured
 
@@ -23,9 +23,9 @@ Departures: ours (the paper's)
       57 times as large
     a label earns its probability, the mean of what a draw from the softmax would earn (1 if it is
       the likeliest class, else 0: --reward correct)
-    locations are clipped to the image; means outside are drawn back by half the squared distance to
-      its border, at all glimpses, also after a mistake (not told). The baseline's loss is half the
-      mean of (R - b)^2 over glimpses (weight not told)
+    locations are clipped to the image; a mean outside adds half its squared distance from the
+      border to the loss, in the mean over all glimpses, also after a mistake (not told)
+    the baseline's loss is half the mean of (R - b)^2 over glimpses (weight not told)
     M = 1 path per image in training, 10 in evaluation (not told)
     patches of 12 and 24 pixels, shrunk to 12x12, side by side as channels (two scales, sizes not
       told); they lie on whole pixels, what is outside the image is zero (not told)
@@ -38,9 +38,10 @@ Departures: ours (the paper's)
     pairs: 8 pieces of 8x8 pixels of other digits as clutter ("distraction noise"); digits of pairs
       and sums do not overlap, 10,000 of the 60,000 are held out unless --no-hold-out (not told)
     ram: one LSTM, what + where, no context; it begins at a learned place (at random)
-    conv: 64-64-64-512 with 5x5 filters and pooling by 2; svhn: 3x3 filters, pooling by 2 after 5
-      layers and to 10x10 after 8 (110: 20x20), which gives the table's 51 M weights and 2.1 G
-      multiplications (layout not told); DRAM has 8.6 M weights, both directions 14.9 (14, 28)
+    conv on pairs and sums: 64-64-64-512 with 5x5 filters and pooling by 2 (layout not told)
+    conv on svhn: 3x3 filters, pooling by 2 after 5 layers and to 10x10 after 8 (110: 20x20), which
+      gives the table's 51 M weights and 2.1 G multiplications (layout not told)
+    DRAM on svhn has 8.6 M weights, both directions 14.9 (14, 28)
     --focus reads again around the middle of all glimpses up to the end, each direction by itself
       (not told)
     svhn: 230,000 training images (200,000); the box around the digits is squeezed to a square, what
@@ -100,11 +101,12 @@ class Args:
     num_scales: int = 2  # k, patches of a glimpse, each twice as wide as the last
     num_glimpses: int = 0  # N per label; 0: the paper's for the task (4; svhn: 3)
     location_unit: float = 0.0  # pixels; 0: the paper's for the task (20; svhn: 12)
-    reward: Reward = "probability"  # of the right class; or 1 if it is the likeliest (paper)
-    location_std: float = 0.17  # deviation of a location around its mean, in units (paper: 0.03)
+    reward: Reward = "probability"  # of the right class; correct: 1 if it is the likeliest (paper)
+    location_std: float = 0.17  # deviation of a location, in units (paper: 0.03, on svhn 0.17)
     reinforce_weight: float = 0.1  # lambda, of the location policy's gradient beside the others
     reinforce_into_core: bool = True  # the policy gradient also trains LSTM 1 and glimpse network
     monte_carlo_samples: int = 0  # M, paths per image; 0: 1 in training, 10 averaged in evaluation
+    average: Literal["log-probabilities", "probabilities"] = "log-probabilities"  # of M paths
     svhn_size: Literal[54, 110] = 54  # pixels; 110: less tightly cropped, digits as large
     focus: bool = False  # svhn at 110: evaluate on the 54 pixels around a first reading's glimpses
     # Optimisation
@@ -119,7 +121,6 @@ class Args:
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
     hold_out: bool = True  # some of the training images are for validation; or learn from all
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
-    average: Literal["log-probabilities", "probabilities"] = "log-probabilities"  # of M paths
     eval_every: int = 5  # epochs between two evaluations on validation images; at the end always
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     seed: int = 1  # of every random number but those of the fixed sets
@@ -362,10 +363,11 @@ def cumulative_rewards(r: Tensor, right: Tensor, y: Tensor) -> tuple[Tensor, Ten
 
 
 def bound_loss(log_p: Tensor, log_pi: Tensor, R: Tensor, b: Tensor, weight: float) -> Tensor:
-    """Loss [B] with the gradient of -F, the bound on -log p(y|I), as sampled paths show it.
+    """Loss [B] whose gradient is that of -F, estimated from sampled paths.
 
-    dF = E[d log p(y|l) + log p(y|l) d log p(l)] (eq. 10); R - b takes the place of the second
-    log p(y|l), and the term a weight lambda (eq. 13). log_p is [B, L], the others [B, T].
+    F is a lower bound on log p(y|I), dF = E[d log p(y|l) + log p(y|l) d log p(l)] (eq. 10); R - b
+    takes the place of the second log p(y|l), and the term a weight lambda (eq. 13). log_p is
+    [B, L], the others [B, T].
     """
     return -log_p.sum(1) - weight * ((R - b).detach() * log_pi).sum(1)
 
@@ -871,7 +873,7 @@ def minibatch_loss(
     return sum(losses), shown[0]
 
 
-def grouped_optimizer(nets: nn.ModuleList, args: Args) -> torch.optim.Optimizer:
+def make_optimizer(nets: nn.ModuleList, args: Args) -> torch.optim.Optimizer:
     """Two groups of parameters: what sees and tells, then what chooses locations."""
     groups = [], []
     for name, parameter in nets.named_parameters():
@@ -918,7 +920,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=90, bbox_inches="tight")
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
     plt.close(figure)
 
 
@@ -1017,7 +1019,7 @@ def keep_memory() -> None:
 
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
-FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
@@ -1040,27 +1042,40 @@ def check(args: Args) -> None:
         raise SystemExit("--resume and --evaluate stay in their folder: leave --run-dir out.")
 
 
-def check_reading(args: Args) -> None:
+OF_LOCATIONS = "location_std", "reward", "reinforce_weight", "reinforce_into_core", "location_rate"
+OF_READING = "patch_size", "num_scales", "num_glimpses", "location_unit", "monte_carlo_samples"
+OF_READING += ("average", *OF_LOCATIONS)
+
+
+def check_flags(args: Args) -> None:
     """Refuse combinations of flags that no run can have."""
     svhn, reads, twice = args.task == "svhn", args.model != "conv", 2 * sizes_of(args).S
     backward = args.forward_backward and not (svhn and reads)
-    looks = reads and args.glimpse_policy == "learned"
+    unlearned, blind = args.glimpse_policy != "learned", args.context != "coarse"
+    looks = reads and not unlearned
     unfocused = args.focus and not (args.evaluate and svhn and args.svhn_size == 110 and looks)
     begun = args.pretrained and (args.resume or args.evaluate)
     too_wide = args.num_scales - 1 > math.log2(twice / args.patch_size)
     for refused, sentence in (
-        (svhn and args.dataset != "mnist", "--dataset is for pairs and addition."),
-        (args.svhn_size != 54 and not svhn, "--svhn-size is for --task svhn."),
-        (args.context != "coarse" and args.model != "dram", "--context is for --model dram."),
-        (args.glimpse_policy != "learned" and not reads, "--glimpse-policy is for dram and ram."),
-        (backward, "--forward-backward is for --task svhn and models that read."),
-        (unfocused, "--focus is for --evaluate, --task svhn, --svhn-size 110, learned glimpses."),
+        (svhn and args.dataset != "mnist", "--dataset is for pairs and addition: leave it out."),
+        (args.svhn_size != 54 and not svhn, "--svhn-size is for --task svhn: leave it out."),
+        (blind and args.model != "dram", "--context is for --model dram: leave it out."),
+        (unlearned and not reads, "--glimpse-policy is for dram and ram: leave it out."),
+        (backward, "--forward-backward is for --task svhn and models that read: leave it out."),
+        (unfocused, "--focus is for --evaluate, svhn at 110, learned glimpses: leave it out."),
         (begun, "--pretrained begins a run: leave it out with --resume and --evaluate."),
         (svhn and args.patch_size < 9, "--patch-size must be at least 9 on svhn."),
         (too_wide, f"--patch-size, doubled for each scale after one, passes {twice}, two images."),
     ):
         if refused:
             raise SystemExit(sentence)
+    for holds, where, names in (  # if it holds, the flags of these names have no effect
+        (not reads, f"with --model {args.model}", OF_READING),
+        (unlearned, "without locations to learn", OF_LOCATIONS),
+    ):
+        given = [name for name in names if getattr(args, name) != getattr(Args, name)]
+        if holds and given:
+            raise SystemExit(f"--{given[0].replace('_', '-')} has no effect {where}: leave it out.")
     if args.run_dir and not args.evaluate and os.path.exists(Path(args.run_dir, "checkpoint.pt")):
         open_run_dir(args, "", "")  # refuses it before anything is loaded
 
@@ -1109,7 +1124,7 @@ def run(args: Args, device: str) -> dict[str, float]:
     """Train, or evaluate a checkpoint."""
     torch.manual_seed(args.seed)
     nets = make_networks(args).to(device)
-    optimizer = grouped_optimizer(nets, args)
+    optimizer = make_optimizer(nets, args)
     shaping = ("task", "model", "dataset", "context", "glimpse_policy", "forward_backward")
     shaping += ("patch_size", "num_scales", "num_glimpses", "location_unit")
     shaping += ("location_std",) if args.resume or args.evaluate else ()
@@ -1132,7 +1147,12 @@ def run(args: Args, device: str) -> dict[str, float]:
         metrics = evaluate(nets, args, *data.validation, "validation") if args.hold_out else {}
         return metrics | (evaluate(nets, args, *data.test, "eval") if last else {})
 
+    def draw_pictures(folder: Path) -> None:
+        if args.model != "conv":
+            draw_reading(nets[0], args, *data.test, folder / "reading.png")
+
     if args.evaluate:
+        draw_pictures(Path(args.evaluate).parent)
         return evaluate_now(last=True)
     run_dir = open_run_dir(args, f"{args.task}_{args.model}", "multi_object_attention")
     writer = SummaryWriter(run_dir)
@@ -1143,7 +1163,7 @@ def run(args: Args, device: str) -> dict[str, float]:
         """One update; the loss and what the report shows beside it."""
         loss, shown = minibatch_loss(nets, args, x, y)
         update(optimizer, loss)
-        names[:] = "losses/total", *shown
+        names[:] = "losses/loss", *shown
         return torch.stack([loss, *shown.values()]).detach()
 
     try:
@@ -1163,25 +1183,24 @@ def run(args: Args, device: str) -> dict[str, float]:
             metrics["charts/SPS"] = images / took  # images per second
             metrics["charts/learning_rate"] = learning_rate
             metrics["charts/minutes"] = seconds / 60  # of training alone
-            if epoch == args.epochs or epoch % args.eval_every == 0:
-                metrics |= evaluate_now(last=epoch == args.epochs)
             state = {"net": nets.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
             save_checkpoint(run_dir / "checkpoint.pt", epoch=epoch, **state)
             finished = epoch == args.epochs
+            if finished or epoch % args.eval_every == 0:
+                metrics |= evaluate_now(last=finished)
             report(writer, epoch, metrics)
     except KeyboardInterrupt:
         raise stopped(run_dir, finished) from None
     finally:
         writer.close()
-    if args.model != "conv":
-        draw_reading(nets[0], args, *data.test, run_dir / "reading.png")
+    draw_pictures(run_dir)
     return metrics
 
 
 def main(args: Args) -> dict[str, float]:
     check(args)
-    check_reading(args)
+    check_flags(args)
     keep_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:

@@ -32,7 +32,7 @@ Departures: ours (the paper's)
     the Run lines: two games, Pong and Freeway (ten; three, with Q*bert); students of 10 rounds, of
       two games 20 (500; of ten games 34,000 hours of play); DQNs of 1 million steps, Multi-DQN of 2
       (50 million), whose exploration falls to 0.01 in a tenth of them (0.1 in 1 million), which
-      learn after 10,000 (50,000) and renew their target every 1,000, with Adam at 1e-4
+      learn after 10,000 (50,000) and renew their target every 1,000, with Adam at 1e-4, in 16 bits
     30 games of an evaluation (100), begun with no-ops (human starts): scores compare with those of
       your teacher alone
     losses are means over minibatches of 32 (sums over the data; minibatches not told)
@@ -42,10 +42,12 @@ Departures: ours (the paper's)
     several games share the hour of a round equally; each is played by 8 games a process side by
       side, which go on in the next round (teachers take turns, by episodes)
     a minibatch comes from a game drawn at random, as in appendix A (section 3.3: in turns)
-    today's action sets: Pong 6 (3), so output layers have other sizes than the paper's
-    --online: the DQN, play and the student take turns by rounds (all at once); a high score is one
-      of eval_episodes games after a round (not told), begun from other seeds than those that
-      compare teacher and student; its best network is the teacher
+    today's action sets: Pong 6 (3), so output layers have other sizes than the paper's; sticky
+      actions with *-v0 and ALE/*-v5 ids (none)
+    a lost life ends an episode of the DQN's training (not told)
+    --online: the DQN, play and the student take turns by rounds (all at once); a high score is the
+      mean of eval_episodes games after a round, with other seeds than those that compare teacher
+      and student (not told); the network that had it is the teacher
     Multi-DQN: its games and their updates take turns ("evenly interleaved"); exploration, updates
       and target count the steps of all games together, the memory and learning_starts those of
       each game (not told)
@@ -133,7 +135,7 @@ class Args:
     num_collectors: int = 2  # processes in which teachers play; another number, other results
     envs_per_collector: int = 8  # K, games of a kind that a collector plays side by side
     report_every: int = 25_000  # steps between two reports of stage teacher, each with a checkpoint
-    eval_every: int = 0  # reports, not steps (distill: rounds), between evaluations; 0: at the end
+    eval_every: int = 0  # steps (distill: rounds) between two evaluations; 0: only at the end
     eval_episodes: int = 30  # whole games of an evaluation
     eval_epsilon: float = 0.05  # exploration in evaluation
     capture_video: bool = False  # write a game of teacher (left) and student as a GIF
@@ -431,8 +433,8 @@ def evaluate_games(
 
     known: the scores of teachers that have not changed since an evaluation, which adds to it.
 
-    A percentage of a score that is not above 0 says nothing, and the logarithms of a geometric mean
-    want ratios above 0: what cannot be told is left out, and a sentence says why.
+    No percentage where the teacher's score is not above 0, no geometric mean unless all scores are;
+    a line then says so.
     """
     metrics, ratios, others = {}, [], []
     for g, env_id in enumerate(args.env_ids):
@@ -459,7 +461,7 @@ def evaluate_games(
     return metrics
 
 
-def choose_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
+def make_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
     """For students and DQN alike."""
     if args.optimizer == "adam":
         return torch.optim.Adam(net.parameters(), args.learning_rate, fused=True)
@@ -479,7 +481,7 @@ class DeepQLearner:
 
     def __init__(self, net: GameNetwork, args: Args, folder: Path):
         self.net, self.target_net, self.args = net, copy.deepcopy(net), args
-        self.optimizer = choose_optimizer(net, args)
+        self.optimizer = make_optimizer(net, args)
         self.steps, self.high_score = 0, -math.inf  # the latter with --online
         seeds = independent_seeds(len(args.env_ids), args.seed, 1 + args.num_collectors)
         self.games = [Game(i, True, seed) for i, seed in zip(args.env_ids, seeds, strict=True)]
@@ -683,7 +685,7 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
     try:
         first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
 
 
 def report(writer, step: int, metrics: dict[str, float]) -> None:
@@ -781,7 +783,7 @@ def keep_memory() -> None:
 
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
-FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
@@ -810,7 +812,7 @@ OF_DQN = ("discount", "dqn_memory_steps", "learning_starts", "steps_per_update",
 OF_DQN += ("final_epsilon", "epsilon_timesteps")
 
 
-def check_stage(args: Args) -> None:
+def check_flags(args: Args) -> None:
     """Refuse combinations of flags that no run can have."""
     learns, distils, n = args.stage == "teacher", args.stage == "distill", len(args.env_ids)
     for holds, where, names in (  # if it holds, the flags of these names have no effect
@@ -844,6 +846,8 @@ def check_stage(args: Args) -> None:
     for sentence, holds in refused.items():
         if holds:
             raise SystemExit(sentence)
+    if args.run_dir and not args.evaluate and os.path.exists(Path(args.run_dir, "checkpoint.pt")):
+        open_run_dir(args, "", "")  # refuses it before anything is loaded
 
 
 def load_teacher(path: str) -> tuple[str, GameNetwork]:
@@ -951,7 +955,7 @@ def draw_policies(
     plt.close(figure)
 
 
-def make_net(args: Args, num_actions: list[int]) -> GameNetwork:
+def make_network(args: Args, num_actions: list[int]) -> GameNetwork:
     """What the stage trains: a DQN of one game, a Multi-DQN or a student."""
     single = "same" if args.stage == "teacher" else "net2"
     auto = single if len(num_actions) == 1 else "multi3"
@@ -970,8 +974,8 @@ def train_teacher(
         metrics = learner.learn(min(args.report_every, args.total_timesteps - first))
         metrics["charts/SPS"] = (learner.steps - first) / (time.perf_counter() - start)
         metrics["charts/learning_rate"] = args.learning_rate
-        reports, last = learner.steps // args.report_every, learner.steps == args.total_timesteps
-        due = last or (args.eval_every > 0 and reports % args.eval_every == 0)
+        every, last = args.eval_every or math.inf, learner.steps == args.total_timesteps
+        due = last or learner.steps // every > first // every
         yield learner.steps, due, metrics, learner.state_dict()
 
 
@@ -983,13 +987,13 @@ def distill(
     The first half is play by the teachers (before it, play and learning of an online one), the
     second are updates of the student.
     """
-    optimizer = choose_optimizer(net, args)
+    optimizer = make_optimizer(net, args)
     memories = student_memories(args, folder, net.num_actions)
     parts = {"net": net, "teachers": teachers, "optimizer": optimizer}
     if args.online:
         learning = copy.deepcopy(teachers[0]).to(choose_device(args.device))
         parts["learner"] = DeepQLearner(learning, args, folder)
-    halves, games = checkpoint.get("halves", 0), checkpoint.get("games")  # halves of rounds
+    halves, games = checkpoint.get("halves", 0), checkpoint.get("games")  # halves that are over
     for name, part in parts.items():
         if checkpoint:
             part.load_state_dict(checkpoint[name])
@@ -1072,9 +1076,9 @@ def run(args: Args) -> dict[str, float]:
             raise SystemExit("--env-ids has no effect beside --teachers: leave it out.")
         env_ids, networks = zip(*map(load_teacher, args.teachers))
         args, teachers = replace(args, env_ids=env_ids), nn.ModuleList(networks)
-    check_stage(args)
+    check_flags(args)
     num_actions = [int(make_env(env_id).action_space.n) for env_id in args.env_ids]
-    net = make_net(args, num_actions).to(choose_device(args.device))
+    net = make_network(args, num_actions).to(choose_device(args.device))
     if args.online:
         teachers = nn.ModuleList([GameNetwork(WIDTHS["same"], num_actions)])
     teachers.share_memory()  # with the collectors, who thus see an online one change

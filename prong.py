@@ -4,25 +4,27 @@
     Shows    whitened layers need several times fewer updates than gradient descent (figure 3)
     Run      python prong.py --batch-size 256 --total-iterations 10000
     Result   12 times fewer updates to the loss that gradient descent has after 10,000, 9 times less
-               time (means of seeds 1 to 3) in 7 min on 2 cores; paper: up to 10 times fewer
+               time (means of seeds 1 to 3) in 7 min on 2 cores of an AMD EPYC; paper: up to 10
+               times fewer
     Run      python prong.py --task cifar10 --batch-size 64 --total-iterations 5000
-    Result   16.7 % validation error (seed 1; batch normalisation 19.6) in 48 min on one core;
-               paper: 7.32 % (8.22) of the test images after all of its training
+    Result   16.7 % validation error (seed 1; batch normalisation 19.6) in 48 min on one core of
+               the same, beside another run; paper: 7.32 % (8.22) of the test images after all of
+               its training
     Run      python prong.py --task fisher --learning-rate 1e-2 --total-iterations 5000
                --report-every 100
     Result   99.9993 % lower condition number at the end (mean of seeds 1 to 3; sgd 99.98, rmsprop
-               99.997; by the first whitening alone 98.5) in 11 s on one core of an AMD EPYC; paper:
+               99.997; by the first whitening alone 98.5) in 11 s on one core of the same; paper:
                more than 95 % lower
 
 Departures: ours (the paper's, its first version of arXiv)
     the autoencoder's Run line: minibatches of 256 (128 best for all but batch normalisation)
-    algorithm 1 with the signs that equation 6 demands (as printed it changes the function)
+    algorithm 1 with the signs that eq. 6 demands (as printed it changes the function)
     whitened by the covariance (section 3 writes E[h h^T]); epsilon 0.01 (several, figure 3a)
-    U symmetric, E diag(.) E^T (equation 7: diag(.) E^T, which makes the same steps in W)
-    velocity forgotten at a whitening, or transformed (at first left as it was, which footnote 6
-      doubts)
-    prong+: batch normalisation after each whitened layer but the last (one of two descriptions of
-      it). Its mean removes V U c already, so c = 0 there; batchnorm, too, spares the last layer
+    U symmetric, E diag(.) E^T (eq. 7: diag(.) E^T, which makes the same steps in W)
+    at a whitening the velocity is set to 0 or, with --momentum carry, transformed (at first left
+      as it was, which footnote 6 doubts)
+    prong+: batch normalisation after each whitened layer but the last (one of two readings); it
+      removes any constant, so c = 0 there. batchnorm spares the last layer, too
     convolutions see zeros outside the image, whitened like any other pixel (not told)
     cross-entropy of the autoencoder, summed over pixels, all layers sigmoid (not told); training
       errors are those of the first 10,000 images, cropped in the middle
@@ -109,8 +111,8 @@ class Args:
 class Whitening(NamedTuple):
     """h -> U (h - c) with the symmetric U = scale (I + E diag(gain) E^T), kept in factors.
 
-    N samples tell r <= min(N, n) directions apart, all others are multiplied by scale: 2 r n
-    products instead of n^2.
+    N samples vary in only r <= min(N, n) directions; all others are multiplied by scale. A product
+    costs 2 r n instead of n^2.
     """
 
     c: Tensor  # [n]
@@ -128,7 +130,7 @@ class Whitening(NamedTuple):
 
 
 def estimate_whitening(h: Tensor, epsilon: float) -> tuple[Whitening, Tensor]:
-    """U = (Sigma + epsilon)^-1/2 and c from samples h [N, n] (equation 7), as float64.
+    """U = (Sigma + epsilon)^-1/2 and c from samples h [N, n] (eq. 7), as float64.
 
     Also the min(N, n) largest eigenvalues lambda of their covariance Sigma. After U the variance
     there is lambda / (lambda + epsilon): directions far below epsilon are scaled, not whitened.
@@ -168,7 +170,7 @@ def change_basis(V: Tensor, d: Tensor | None, old: Whitening, new: Whitening) ->
 
 
 class WhitenedLayer(nn.Module):
-    """z = V U (h - c) + d (equation 6), dense or, with a kernel, a convolution of the same size.
+    """z = V U (h - c) + d (eq. 6), dense or, with a kernel, a convolution of the same size.
 
     A convolution is whitened across channels, pixel by pixel, as by a 1x1 convolution before it
     (section 4.3); both are one, with the kernel V U. Methods that do not whiten have no U;
@@ -184,7 +186,7 @@ class WhitenedLayer(nn.Module):
         norm = nn.BatchNorm2d if kernel_size else nn.BatchNorm1d
         self.normalise = norm(m) if normalised else nn.Identity()
         self.V, self.d = layer.weight, None if normalised else layer.bias  # norm has its own shift
-        self.is_whitened = method in ("prong", "prong+")
+        self.is_whitened = method.startswith("prong")
         if self.is_whitened:  # at first U = I
             r = min(n, rank)
             identity = Whitening(torch.zeros(n), torch.zeros(n, r), torch.zeros(r), torch.ones(()))
@@ -262,7 +264,7 @@ def input_condition(net: nn.Module, x: Tensor) -> float:
 
 @torch.enable_grad()
 def fisher_matrix(net: nn.Sequential, layer: WhitenedLayer, x: Tensor) -> Tensor:
-    """F = E_x E_(y ~ p(y|x)) [g g^T], g = d log p(y|x) / d(V, d) of one dense layer (equation 2).
+    """F = E_x E_(y ~ p(y|x)) [g g^T], g = d log p(y|x) / d(V, d) of one dense layer (eq. 2).
 
     All classes are weighed with their probability. [m (n+1), m (n+1)], float64.
     """
@@ -513,7 +515,8 @@ def evaluate(task: Task, args: Args) -> dict[str, float]:
     metrics = {}
     for tag, (x, y) in {"train": (task.x[:10_000], task.y[:10_000]), **task.held_out}.items():
         loss, error = 0.0, 0.0
-        for x_, y_ in zip(x.split(1000), y.split(1000)):
+        parts = list(zip(x.split(1000), y.split(1000)))
+        for x_, y_ in tqdm(parts, unit="batch", leave=False, disable=None):
             given = task.prepare(x_, False)
             output = task.net(given)
             loss += task.loss(output, given, y_).item() * len(x_)
@@ -575,7 +578,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=90, bbox_inches="tight")
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
     plt.close(figure)
 
 
@@ -666,7 +669,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
 
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
-FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
@@ -689,6 +692,7 @@ def check(args: Args) -> None:
         raise SystemExit("--resume and --evaluate stay in their folder: leave --run-dir out.")
 
 
+OF_WHITENING = "whitening_period", "whitening_samples", "epsilon", "momentum"
 GRID = {  # section 4.2
     "learning_rate": (0.1, 0.01, 0.001),
     "momentum_decay": (0.0, 0.9),
@@ -696,7 +700,7 @@ GRID = {  # section 4.2
 }
 
 
-def check_method(args: Args) -> None:
+def check_flags(args: Args) -> None:
     """Refuse combinations of flags that no run can have."""
     whitens, normalises = args.method.startswith("prong"), args.method in ("batchnorm", "prong+")
     if args.tune and (args.resume or args.evaluate):
@@ -718,6 +722,14 @@ def check_method(args: Args) -> None:
         raise SystemExit(f"--whitening-samples must be at least 2, not {args.whitening_samples}.")
     if normalises and args.batch_size < 2:
         raise SystemExit(f"--batch-size must be at least 2 to normalise, not {args.batch_size}.")
+    how = f"with --method {args.method}"
+    for holds, where, names in (  # if it holds, the flags of these names have no effect
+        (not whitens, how, OF_WHITENING),
+        (args.method != "rmsprop", how, ("rmsprop_decay", "rmsprop_eps")),
+    ):
+        given = [name for name in names if getattr(args, name) != getattr(Args, name)]
+        if holds and given:
+            raise SystemExit(f"--{given[0].replace('_', '-')} has no effect {where}: leave it out.")
     if args.run_dir and not args.evaluate and os.path.exists(Path(args.run_dir, "checkpoint.pt")):
         open_run_dir(args, "", "")  # refuses it before anything is loaded
 
@@ -754,9 +766,12 @@ def draw_fisher(matrices: dict[str, Tensor], path: Path) -> None:
 
 def draw_curves(run_dir: Path) -> None:
     """The run's losses, errors and condition numbers against updates, from its metrics.csv."""
-    rows = [row.split(",") for row in Path(run_dir, "metrics.csv").read_text().splitlines()]
+    path = run_dir / "metrics.csv"
+    rows = [row.split(",") for row in path.read_text().splitlines()] if path.exists() else []
     tags = ["losses/loss", "eval/test_error", "eval/condition", "eval/input_condition"]
     tags = [tag for tag in tags if any(row[1] == tag for row in rows)]
+    if not tags:  # a checkpoint without its run
+        return
     figure, axes = plt.subplots(1, len(tags), figsize=(4.2 * len(tags), 3.2), squeeze=False)
     for axis, tag in zip(axes.flat, tags):
         points = [(int(t), float(value)) for t, name, value in rows if name == tag]
@@ -773,7 +788,10 @@ def draw_reconstructions(task: Task, path: Path) -> None:
         rows = torch.stack([x, task.net(x).sigmoid()]).view(2, 12, 28, 28)
     task.net.train()
     picture = rows.permute(0, 2, 1, 3).reshape(56, 12 * 28)
-    plt.imsave(path, picture.cpu().numpy().repeat(2, 0).repeat(2, 1), cmap="gray_r", vmin=0, vmax=1)
+    figure, axis = plt.subplots(figsize=(10, 2))
+    axis.imshow(picture.cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
+    axis.set(xticks=[], yticks=(14, 42), yticklabels=("test image", "made of it"))
+    save_figure(figure, path)
 
 
 def tune(args: Args) -> dict[str, float]:
@@ -823,11 +841,19 @@ def run(args: Args, device: str) -> dict[str, float]:
     torch.manual_seed(args.seed)  # so all methods get the same minibatches
     net, optimizer = task.net, make_optimizer(task.net, args)
     waterfall = Waterfall(optimizer)
+    whitens = args.method.startswith("prong")
     shaping = ["task", "method"] + ["dataset"] * (args.task != "cifar10")
-    shaping += ["whitening_samples"] * args.method.startswith("prong")
+    shaping += ["whitening_samples"] * whitens
     t, seconds, whitening_seconds, finished = 0, 0.0, 0.0, False
+
+    def draw_pictures(folder: Path) -> None:
+        draw_curves(folder)
+        if args.task == "autoencoder":
+            draw_reconstructions(task, folder / "reconstructions.png")
+
     if args.evaluate:
         load_checkpoint(Path(args.evaluate), args, net, *shaping)
+        draw_pictures(Path(args.evaluate).parent)
         return evaluate(task, args)
     if args.resume:
         checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping, *KEPT)
@@ -842,7 +868,6 @@ def run(args: Args, device: str) -> dict[str, float]:
     run_dir = open_run_dir(args, f"{args.task}_{args.method}", "prong")
     writer = SummaryWriter(run_dir)
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
-    whitens = args.method in ("prong", "prong+")
     matrices, spectra, losses = {}, [], []
     bar = tqdm(total=args.total_iterations, initial=t, unit="update", disable=None)
     try:
@@ -897,9 +922,7 @@ def run(args: Args, device: str) -> dict[str, float]:
     finally:
         writer.close()
         bar.close()
-    draw_curves(run_dir)
-    if args.task == "autoencoder":
-        draw_reconstructions(task, run_dir / "reconstructions.png")
+    draw_pictures(run_dir)
     if spectra:
         draw_spectra(spectra, args.epsilon, run_dir / "spectra.png")
     if matrices:
@@ -909,7 +932,7 @@ def run(args: Args, device: str) -> dict[str, float]:
 
 def main(args: Args) -> dict[str, float]:
     check(args)
-    check_method(args)
+    check_flags(args)
     device = choose_device(args.device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:

@@ -4,27 +4,29 @@
     Shows    a few glimpses read a digit anywhere and among clutter (tables 1, 2), and play a game
     Run      python recurrent_visual_attention.py
     Result   0.62 % of MNIST wrong by ten paths of six glimpses (seeds 1 to 3, 0.56 to 0.69; by one
-               path alone 1.46) in 16 min on one core of an AMD EPYC; paper: 1.12 (NIPS)
+               path alone 1.46) in 16 min on one core of an AMD EPYC, beside another run; paper:
+               1.12 (NIPS)
     Run      python recurrent_visual_attention.py --task translated
     Result   0.92 % of moved digits wrong (seeds 1 to 3, 0.85 to 1.00; of one path alone 1.47) in
-               24 min on one core; paper: 1.20 (NIPS)
+               24 min on one core, beside another run; paper: 1.20 (NIPS)
     Run      python recurrent_visual_attention.py --task cluttered --epochs 200
     Result   2.28 % of cluttered digits wrong (seed 1; of one path alone 3.86) in 122 min on a part
-               of one core; paper: 4.04 (NIPS)
+               of one core, beside other runs; paper: 4.04 (NIPS)
     Run      python recurrent_visual_attention.py --task cluttered100 --epochs 200
     Result   3.84 % of digits in 100x100 pixels of clutter wrong (seed 1; of one path alone 6.40) in
-               58 min without pauses on one core; paper: 8.11 (NIPS)
+               58 min without pauses on one core, beside other runs; paper: 8.11 (NIPS)
     Run      python recurrent_visual_attention.py --task catch --epochs 300
     Result   96.2 % of balls caught (seeds 1 to 3: 97.0, 93.3, 98.3) after 14 million frames in
-               21 min on one core; paper: about 85 after 20 million
+               21 min on one core, beside another run; paper: about 85 after 20 million
 
 Departures: ours (the paper's). Numbers are compared with the NIPS version, not with arXiv's.
     Adam, 1e-3 falling to 0 by epochs, batch 64 (SGD, momentum 0.9, batch 20, rate searched)
     location deviation 0.15 of half the image's width (searched, not told), a tenth of the rate for
       the location network (the rate); samples are clipped to the image where they are looked at,
       their means are not bounded (not told)
-    the reward is the probability of the right class, what a class drawn from the softmax earns on
-      average (0 or 1, drawn or the likeliest class's, not told: --reward correct)
+    the reward is the probability of the right class, the mean reward of a class drawn from the
+      softmax (0 or 1; whether for a drawn or the likeliest class is not told; --reward correct: the
+      likeliest)
     the policy gradient, weighted 0.3, trains core and glimpse network, too (weight not told; can
       be read as training the location network alone: --reinforce-into-core False)
     the recurrent matrix of the images' core begins as the identity (not told)
@@ -35,9 +37,10 @@ Departures: ours (the paper's). Numbers are compared with the NIPS version, not 
     the reported error averages 10 paths, that of one path stands beside it (not told)
     clutter is added to the digit and the sum clipped ("added"), for all sets from digits that are
       trained on; zeros outside the image (not told)
-    catch: the gradient of the location policy, weighted 0.3, keeps out of the core, which the
-      baseline's error trains instead, halved; entropy of the move is rewarded with 0.002 (REINFORCE
-      alone, of moves and locations alike, through all of the network)
+    catch: the locations' gradient is weighted 0.3 and does not enter the core (treated as that of
+      the moves, through all of the network)
+    catch: the baseline's error, halved, trains the core, too (not told)
+    catch: entropy of the move is rewarded with 0.002 (REINFORCE alone)
     catch: a block counts its lit pixels, the core begins with open forget gates, the glimpse
       network with He's weights; reported are the likeliest moves and mean locations, the mean of
       three seeds (not told; the best of a search)
@@ -101,7 +104,7 @@ class Args:
     batch_size: int = 64  # images of a minibatch, or games
     optimizer: Literal["adam", "sgd"] = "adam"  # sgd: momentum 0.9, the paper's, wants 0.01
     learning_rate: float = 1e-3  # at the start; falls linearly to 0
-    location_rate: float = 0.1  # factor on it for the location network (paper: 1)
+    location_rate: float = 0.1  # factor on --learning-rate for the location network (paper: 1)
     # The run
     dataset: Literal["mnist", "digits"] = "mnist"  # digits: scikit-learn's, needs no download
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
@@ -462,6 +465,31 @@ def make_images(
     return canvas.clamp_(max=255).byte(), centres
 
 
+class Images(NamedTuple):
+    """A data set that stays as it is, for validation or test."""
+
+    x: Tensor  # [N, S, S] bytes
+    y: Tensor  # [N] labels
+    centres: Tensor  # [N, 2] where the digits are, as locations
+
+
+def load_images(args: Args, device: str) -> tuple[Tensor, Tensor, Images, Images]:
+    """Digits and labels for training; the frozen sets for validation and test."""
+    load = {"mnist": partial(load_mnist, args.data_dir), "digits": load_digits}[args.dataset]
+    (digits, labels), (test_digits, test_labels) = load("train"), load("t10k")
+    held_out = len(digits) // 6  # 10,000 of 60,000
+    pool, setting = digits[:-held_out], setting_of(args)
+    generator = torch.Generator().manual_seed(2014)  # the same sets for every run and device
+
+    def freeze(digits: Tensor, labels: Tensor) -> Images:
+        x, centres = make_images(digits, setting.S, setting.num_clutter, pool, generator)
+        return Images(x.to(device), labels.to(device), centres.to(device))
+
+    validation = freeze(digits[-held_out:], labels[-held_out:])
+    test = freeze(test_digits, test_labels)
+    return pool.to(device), labels[:-held_out].to(device), validation, test
+
+
 # ---- The game -----------------------------------------------------------------------------------
 
 
@@ -547,7 +575,7 @@ def play_catch(
 def catch_loss(play: Play, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """REINFORCE alone, for moves and locations alike: the reward comes after the last frame.
 
-    Here the baseline trains the core, too: how a game ends and which move is best show alike.
+    Here the baseline's error trains the core, too: what foretells the end also tells the best move.
     """
     acting = reinforce_loss(play.log_pi_a, play.R, play.b)
     locating = reinforce_loss(play.log_pi_l, play.R, play.b[:-1])
@@ -559,14 +587,6 @@ def catch_loss(play: Play, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 # ---- Evaluation and training --------------------------------------------------------------------
-
-
-class Images(NamedTuple):
-    """A data set that stays as it is, for validation or test."""
-
-    x: Tensor  # [N, S, S] bytes
-    y: Tensor  # [N] labels
-    centres: Tensor  # [N, 2] where the digits are, as locations
 
 
 @torch.no_grad()
@@ -619,7 +639,7 @@ def evaluate_glimpses(net: nn.Module, args: Args, images: Images) -> dict[str, f
     }
 
 
-def make_model(args: Args) -> nn.Module:
+def make_network(args: Args) -> nn.Module:
     """The network of --model, for the images or the game of --task."""
     S, patch_size, num_scales, *_ = setting_of(args)
     if args.model == "conv":
@@ -659,7 +679,7 @@ def game_losses(net: nn.Module, args: Args) -> Iterator[tuple[Tensor, dict[str, 
         yield catch_loss(play(greedy=False), args)
 
 
-def two_rate_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
+def make_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
     """Two groups of parameters: all others, then the location network's."""
     groups = [], []
     for name, parameter in net.named_parameters():
@@ -682,7 +702,7 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
     try:
         first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -690,7 +710,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=90, bbox_inches="tight")
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
     plt.close(figure)
 
 
@@ -781,7 +801,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
 
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
-FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
@@ -804,23 +824,24 @@ def check(args: Args) -> None:
         raise SystemExit("--resume and --evaluate stay in their folder: leave --run-dir out.")
 
 
-OF_GLIMPSES = "patch_size", "num_scales", "num_glimpses", "location_std"
-OF_LOCATIONS = "reward", "reinforce_weight", "reinforce_into_core", "location_rate"
+OF_GLIMPSES = "patch_size", "num_scales", "num_glimpses"
+OF_LOCATIONS = "location_std", "reward", "reinforce_weight", "reinforce_into_core", "location_rate"
 
 
-def check_task(args: Args) -> None:
+def check_flags(args: Args) -> None:
     """Refuse combinations of flags that no run can have."""
     setting, catch, ram = setting_of(args), args.task == "catch", args.model == "ram"
     too_many, twice = catch and args.batch_size > GAMES_PER_EPOCH, 2 * setting.S
     too_wide = ram and setting.num_scales - 1 > math.log2(twice / setting.patch_size)
-    looks = ram and not catch
+    looks, unlearned = ram and not catch, args.glimpse_policy != "learned"
+    paths = args.monte_carlo_samples
     for refused, sentence in (
-        (catch and not ram, "--task catch is played by --model ram alone."),
-        (catch and args.dataset != "mnist", "--dataset is for images, not for catch."),
-        (catch and args.num_glimpses, "--num-glimpses is for images: catch has one per frame."),
+        (catch and not ram, "--task catch is played by --model ram alone: leave --model out."),
+        (catch and args.dataset != "mnist", "--dataset is for images: leave it out."),
+        (catch and args.num_glimpses, "--num-glimpses is for images: leave it out."),
         (too_many, f"--batch-size must be at most {GAMES_PER_EPOCH}, the games of an epoch."),
-        (args.glimpse_policy != "learned" and not looks, "--glimpse-policy is for ram on images."),
-        (args.monte_carlo_samples and not looks, "--monte-carlo-samples is for ram on images."),
+        (unlearned and not looks, "--glimpse-policy is for ram on images: leave it out."),
+        (paths and not looks, "--monte-carlo-samples is for ram on images: leave it out."),
         (too_wide, f"--patch-size, doubled for each scale after one, passes {twice}, two images."),
     ):
         if refused:
@@ -828,7 +849,7 @@ def check_task(args: Args) -> None:
     for holds, where, names in (  # if it holds, the flags of these names have no effect
         (not ram, f"with --model {args.model}", OF_GLIMPSES + OF_LOCATIONS),
         (args.model != "fc", f"with --model {args.model}", ("fc_width",)),
-        (args.glimpse_policy != "learned", "without locations to learn", OF_LOCATIONS),
+        (unlearned, "without locations to learn", OF_LOCATIONS),
         (not catch, "on images", ("entropy_cost",)),
         (catch, "on catch", ("reward",)),
     ):
@@ -882,28 +903,11 @@ def film_catch(net: nn.Module, args: Args, path: Path) -> None:
     write_gif(frames, path, 60)
 
 
-def load_images(args: Args, device: str) -> tuple[Tensor, Tensor, Images, Images]:
-    """Digits and labels for training; the frozen sets for validation and test."""
-    load = {"mnist": partial(load_mnist, args.data_dir), "digits": load_digits}[args.dataset]
-    (digits, labels), (test_digits, test_labels) = load("train"), load("t10k")
-    held_out = len(digits) // 6  # 10,000 of 60,000
-    pool, setting = digits[:-held_out], setting_of(args)
-    generator = torch.Generator().manual_seed(2014)  # the same sets for every run and device
-
-    def freeze(digits: Tensor, labels: Tensor) -> Images:
-        x, centres = make_images(digits, setting.S, setting.num_clutter, pool, generator)
-        return Images(x.to(device), labels.to(device), centres.to(device))
-
-    validation = freeze(digits[-held_out:], labels[-held_out:])
-    test = freeze(test_digits, test_labels)
-    return pool.to(device), labels[:-held_out].to(device), validation, test
-
-
 def run(args: Args, device: str) -> dict[str, float]:
     """Train, or evaluate a checkpoint."""
     torch.manual_seed(args.seed)
-    net = make_model(args).to(device)
-    optimizer = two_rate_optimizer(net, args)
+    net = make_network(args).to(device)
+    optimizer = make_optimizer(net, args)
     shaping = ("task", "model", "dataset", "patch_size", "num_scales", "num_glimpses", "fc_width")
     shaping += ("glimpse_policy", "location_std")
     kept = KEPT if args.resume else ()
@@ -923,13 +927,22 @@ def run(args: Args, device: str) -> dict[str, float]:
         digits, labels, validation, test = load_images(args, device)
         minibatch_losses = partial(image_losses, net, args, digits, labels)
 
-    def evaluate_both() -> dict[str, float]:
-        """On the test set, and on validation images, for choosing between settings."""
-        chosen_by = {} if validation is None else evaluate(net, args, validation, "validation")
-        return chosen_by | evaluate(net, args, test)
+    def evaluate_now(last: bool) -> dict[str, float]:
+        """On validation images, for those who choose between runs; at last on the test set."""
+        if args.task == "catch":
+            return evaluate(net, args, None)
+        metrics = evaluate(net, args, validation, "validation")
+        return metrics | (evaluate(net, args, test) if last else {})
+
+    def draw_pictures(folder: Path) -> None:
+        if args.task == "catch":
+            film_catch(net, args, folder / "games.gif")
+        elif args.model == "ram":
+            draw_glimpses(net, args, test, folder / "glimpses.png")
 
     if args.evaluate:
-        return evaluate_both()
+        draw_pictures(Path(args.evaluate).parent)
+        return evaluate_now(last=True)
     run_dir = open_run_dir(args, f"{args.task}_{args.model}", "recurrent_visual_attention")
     writer = SummaryWriter(run_dir)
     writer.add_text("args", "\n".join(f"    {key}={value}" for key, value in asdict(args).items()))
@@ -950,30 +963,24 @@ def run(args: Args, device: str) -> dict[str, float]:
             metrics["charts/SPS"] = examples / took  # images or games per second
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             metrics["charts/minutes"] = seconds / 60  # of training alone
-            if epoch == args.epochs:
-                metrics |= evaluate_both()
-            elif epoch % args.eval_every == 0:
-                prefix = "eval" if validation is None else "validation"
-                metrics |= evaluate(net, args, validation, prefix)
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"rng": torch.get_rng_state(), "seconds": seconds, "args": asdict(args)}
             save_checkpoint(run_dir / "checkpoint.pt", epoch=epoch, **state)
             finished = epoch == args.epochs
+            if finished or epoch % args.eval_every == 0:
+                metrics |= evaluate_now(last=finished)
             report(writer, epoch, metrics)
     except KeyboardInterrupt:
         raise stopped(run_dir, finished) from None
     finally:
         writer.close()
-    if args.task == "catch":
-        film_catch(net, args, run_dir / "games.gif")
-    elif args.model == "ram":
-        draw_glimpses(net, args, test, run_dir / "glimpses.png")
+    draw_pictures(run_dir)
     return metrics
 
 
 def main(args: Args) -> dict[str, float]:
     check(args)
-    check_task(args)
+    check_flags(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
         return run(args, choose_device(args.device))

@@ -5,7 +5,7 @@
     Run      python spatial_transformer_mnist.py --learning-rate 0.03 --sgd-momentum 0.9
                --localisation-learning-rate 0.03 --total-iterations 150000 --report-every 5000
     Result   1.13 % of turned digits wrong (seed 1; without a transformer 1.87) in 6 min on an
-               NVIDIA H100; paper: 1.2 (2.1)
+               NVIDIA H100, beside other programs; paper: 1.2 (2.1)
     Run      python spatial_transformer_mnist.py --learning-rate 0.03 --sgd-momentum 0.9
                --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500
     Result   2.00 % of turned digits wrong (seeds 1 to 3; without a transformer 3.61, with a spline
@@ -14,7 +14,7 @@
                --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 150000
                --report-every 5000
     Result   1.23 % of digits wrong that are turned, scaled and moved (seed 1) in 5 min on an
-               NVIDIA H200; paper: 0.8
+               NVIDIA H200, beside other programs; paper: 0.8
     Run      python spatial_transformer_mnist.py --model cnn --bfloat16 --learning-rate 0.03
                --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 150000
                --report-every 5000
@@ -24,7 +24,7 @@
                --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001
                --total-iterations 20000 --report-every 1000
     Result   12.59 % of sums of two digits wrong (seed 1; with one transformer 29.60, without
-               58.89) in 37 min on one core; paper: 9.0 (22.6, 47.7)
+               58.89) in 37 min on one core, beside other runs; paper: 9.0 (22.6, 47.7)
 
 Departures: ours (the paper's)
     the Run lines: momentum 0.9 (not told), rates 0.03 (0.01), also of the localisation network
@@ -34,11 +34,8 @@ Departures: ours (the paper's)
       TC (told for RTS and TC alone)
     on RTS, TC and addition the transformer samples 56x56, halved to 28x28 by the mean (sizes not
       told); networks without a transformer see the canvas as it is
-    as many parameters as a CNN of 64 filters has on the canvas, on addition 650,000, so that two
-      transformers leave room for a classifier (equal counts, numbers not told): an FCN has 208
-      hidden units on R, 117 on 42x42, 73 on TC, behind an affine transformer 185, 88 on P and E,
-      169 on RTS, 160 on TC; on addition 175, behind one transformer 285, behind two 128 (128 to
-      256); a CNN has 67 filters on TC behind a transformer, 108 to 111 on addition (32 to 64)
+    equal parameters: as many as a CNN of 64 filters has on the canvas, on addition 650,000 (numbers
+      not told); so FCNs have 73 to 285 hidden units (128 to 256), CNNs 61 to 111 filters (32 to 64)
     distortions drawn anew for every minibatch, of images drawn independently (not told;
       --fixed-distortions: one frozen copy)
     P moves the corners of the canvas, draws again what would tear it; E moves the points that are
@@ -49,7 +46,8 @@ Departures: ours (the paper's)
       CNN it sees means of 2x2 pixels (halved, how not told); two transformers start a quarter of
       the width apart (apart, how far not told)
     -1 and 1 are the centres of the outermost pixels (not told)
-    ours alone, off by default: --transform attention, --optimizer adam, --bfloat16
+    off by default: --transform attention (the paper's on birds); ours alone: --optimizer adam,
+      --bfloat16
 
 Distortions: R turned by up to 90 degrees; RTS turned by up to 45, scaled, moved; P seen in
 perspective; E bent; TC moved among clutter.
@@ -198,7 +196,7 @@ def sampling_points(transform: Transform, theta: Tensor, B: Tensor) -> Tensor:
 
 
 def sampler(U: Tensor, points: Tensor, size: int) -> Tensor:
-    """V [B, C, size, size], U read at the points bilinearly, zero outside (equation 5)."""
+    """V [B, C, size, size], U read at the points bilinearly, zero outside (eq. 5)."""
     grid = points.view(-1, size, size, 2)
     return F.grid_sample(U, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
@@ -556,8 +554,8 @@ def angle_of(points: Tensor) -> Tensor:
 def evaluate(net: TransformerNetwork, args: Args, examples: Examples) -> dict[str, float]:
     """Error in percent, share of points inside the image, on R how well digits are turned.
 
-    The share is that of the worst transformer. On R, correlation and slope of the angle that is
-    read against that by which a digit was turned: both 1 if it is turned back.
+    The share is that of the worst transformer. On R, correlation and slope of the transformer's
+    angle against the digit's: both 1 if every digit is turned upright.
     """
     turns = args.task == "classification" and args.distortion == "R" and args.transform != "none"
     wrong, inside, turned = 0, [], []
@@ -622,7 +620,7 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
     try:
         first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -630,7 +628,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=90, bbox_inches="tight")
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
     plt.close(figure)
 
 
@@ -721,7 +719,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
 
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
-FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
@@ -744,7 +742,7 @@ def check(args: Args) -> None:
         raise SystemExit("--resume and --evaluate stay in their folder: leave --run-dir out.")
 
 
-def check_transformers(args: Args) -> None:
+def check_flags(args: Args) -> None:
     """Refuse combinations of flags that no run can have."""
     if args.num_transformers > 1 and (args.task != "addition" or args.transform == "none"):
         raise SystemExit("--num-transformers above 1 is for --task addition with a --transform.")
@@ -754,7 +752,9 @@ def check_transformers(args: Args) -> None:
         raise SystemExit("--task addition distorts its digits by RTS: leave --distortion out.")
     rate = "localisation_learning_rate"
     if args.transform == "none" and getattr(args, rate) != getattr(Args, rate):
-        raise SystemExit("--localisation-learning-rate has no effect with --transform none.")
+        raise SystemExit(
+            "--localisation-learning-rate has no effect with --transform none: leave it out."
+        )
     if args.optimizer == "adam" and args.sgd_momentum:
         raise SystemExit("--sgd-momentum is for --optimizer sgd: leave it out.")
     if args.run_dir and not args.evaluate and os.path.exists(Path(args.run_dir, "checkpoint.pt")):
@@ -763,7 +763,7 @@ def check_transformers(args: Args) -> None:
 
 KEPT = (  # flags that a resumed run has to share with its beginning
     *("seed", "batch_size", "optimizer", "learning_rate", "localisation_learning_rate"),
-    *("sgd_momentum", "bfloat16", "fixed_distortions", "total_iterations"),
+    *("sgd_momentum", "bfloat16", "fixed_distortions"),
 )
 
 
@@ -857,9 +857,11 @@ def run(args: Args, device: str) -> dict[str, float]:
         if checkpoint["device"] != device:
             raise SystemExit(f"{args.resume} was made on {checkpoint['device']}, not on {device}.")
         generator.set_state(checkpoint["rng"])
-        t, seconds, frames = checkpoint["t"], checkpoint["seconds"], checkpoint["frames"]
+        t, seconds = checkpoint["t"], checkpoint["seconds"]
         if t >= args.total_iterations:
-            raise SystemExit(f"{args.resume} has had all of its {t} updates: --evaluate it.")
+            raise SystemExit(f"{args.resume} is at update {t}: raise --total-iterations.")
+        longer = math.ceil(args.total_iterations / checkpoint["args"]["total_iterations"])
+        frames = checkpoint["frames"][::longer]  # a longer film has as many, evenly
 
     kind = args.task if args.task == "addition" else args.distortion
     run_dir = open_run_dir(
@@ -930,7 +932,7 @@ def run(args: Args, device: str) -> dict[str, float]:
 
 def main(args: Args) -> dict[str, float]:
     check(args)
-    check_transformers(args)
+    check_flags(args)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages, a sixth faster
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:

@@ -6,13 +6,15 @@
     Run      python straw.py --model straw --num-workers 1 --envs-per-worker 8
                --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95
                --commitment-cost 5e-4 --total-timesteps 10000000
-    Result   -0.25 points an episode in mazes of 11x11 (optimal -0.165), 6.6 steps for 5.3; the plan
-               changes at 64 % of the steps, on ways to anywhere 67 % in turns, 58 % in corridors
+    Result   -0.25 points an episode in mazes of 11x11 (seed 1; optimal -0.165) in 72 min, beside
+               another run, on one core of an AMD EPYC; 6.6 steps for 5.3; the plan changes at 64 %
+               of the steps, on ways to anywhere 67 % in turns, 58 % in corridors; paper: a map
     Run      python straw.py --model straw --maze-size 15 --num-workers 1 --envs-per-worker 8
                --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95
                --commitment-cost 1e-4 --commitment-bias 3 --total-timesteps 10000000
-    Result   -0.27 points an episode in mazes of 15x15 (optimal -0.167), 7.3 steps, 100 % of
-               the goals found; the plan changes at 96 % of the steps
+    Result   -0.27 points an episode in mazes of 15x15 (seed 1; optimal -0.167) in 104 min, beside
+               other runs, on one core of the same; 7.3 steps, 100 % of the goals found; the plan
+               changes at 96 % of the steps; paper: a curve, no number
     Run      python straw.py --task text --model straw --dataset tinyshakespeare
                --total-timesteps 30000000
     Result   not yet measured
@@ -49,7 +51,8 @@ Departures: ours (the paper's)
       from there, in the next rollout, draws its own (not told)
     mazes: 0.05 for r, perfect mazes with a tenth of the inner walls opened, 16 filters, 128 units
       (not told); after 100 steps an episode is cut off, its return goes on as V (not told)
-    Atari: rewards clipped to [-1, 1], an episode ends with a life, four screens (not told)
+    Atari: rewards clipped to [-1, 1], an episode ends with a life, four screens, up to 30 no-ops
+      (not told); today's action sets, sticky actions with *-v0 and ALE/*-v5 ids (none)
     text: by default Python's own help, in the Run line Shakespeare (Penn Treebank); learning rate
       1, falling, gradient norm 0.5, 32 places in pieces of 40 characters, 256 LSTM cells (not
       told); mean loss (sum); macro-actions of length 3 and 4 (4), read off the
@@ -63,7 +66,8 @@ layer; z_t what is planned from, zeta_t features; e and b of a commitment; a_tm1
 gives r_t and s_t; R n-step return; V value; pi policy. Algorithms S1 and S2, section 4 and
 RMSProp's eq. 1 are those of A3C (Mnih et al. 2016), the others this paper's.
 Shapes: N steps of B sequences side by side, M of which replan; R rows of a plan (RL: one an action
-and one for V), T columns, K filters. In RL, N <= t_max steps of K games; a maze has S x S cells.
+and one for V), T columns (in the workers T is the steps that all have taken), K filters. In RL,
+N <= t_max steps of K games; a maze has S x S cells.
 """
 
 import copy
@@ -119,6 +123,7 @@ class Args:
     noise_cost: float = 1e-5  # alpha, of the noisy channel's KL
     commitment_cost: float = 1e-3  # lambda, of c_0; the larger, the longer the commitments
     commitment_bias: float = 0.0  # b at the start; the larger, the more often plans change at first
+    economic: bool = True  # while committed, the feature network is skipped (games)
     maze_size: int = 11  # cells along a side, outer walls included; odd
     maze_reward: float = 0.05  # r: -r a step, -2 r against a wall, r at the goal
     curriculum_period: int = 0  # steps until goals are one step farther, from 2; 0: goals anywhere
@@ -127,21 +132,20 @@ class Args:
     envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
     t_max: int = 40  # steps of a rollout, at most, and of a piece of text
     discount: float = 0.99  # gamma
-    entropy_cost: float = 1e-3  # beta
+    entropy_cost: float = 1e-3  # beta of eq. 4
     value_cost: float = 0.5  # factor on (R - V)^2 / 2
     lstm_size: int = 256  # text: cells of the features' LSTM
     # Optimisation
     total_timesteps: int = 500_000_000  # of all workers together (text: characters)
+    batch_size: int = 32  # text: places that are read side by side
     learning_rate: float = 0.0  # at the start; falls linearly to 0; 0: 5e-4, on text 1
     rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # inside the root
     max_gradient_norm: float = 0.0  # a longer gradient is scaled down to this; 0: 40, on text 0.5
-    batch_size: int = 32  # text: places that are read side by side
     # The run
     dataset: Literal["pydoc", "ptb", "tinyshakespeare"] = "pydoc"  # pydoc: Python's own help texts
     text_file: str = ""  # a file to learn instead of the dataset
     data_dir: str = "data"  # holds data sets in their publishers' folders; missing ones are fetched
-    economic: bool = True  # while committed, the feature network is skipped (games)
     report_every: int = 50_000  # steps between two reports, each with a checkpoint
     eval_every: int = 0  # steps, at least, between two evaluations; 0: only at the end
     eval_episodes: int = 100  # whole games of an evaluation
@@ -1216,7 +1220,7 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
     try:
         first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
     except OSError as error:
-        tqdm.write(f"{path} cannot be written to ({error}).")
+        tqdm.write(f"{path} cannot be written ({error}).")
 
 
 def report(writer, step: int, metrics: dict[str, float]) -> None:
@@ -1284,7 +1288,7 @@ def keep_memory() -> None:
 
 # Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
-FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon")
+FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
 
 
@@ -1307,6 +1311,13 @@ def check(args: Args) -> None:
         raise SystemExit("--resume and --evaluate stay in their folder: leave --run-dir out.")
 
 
+OF_PLANS = "replan", "plan_length", "plan_filters", "economic"
+OF_COMMITMENTS = "commitment_cost", "commitment_bias"
+OF_GAMES = "num_workers", "envs_per_worker", "discount", "entropy_cost", "value_cost"
+OF_GAMES += "rmsprop_decay", "rmsprop_eps", "economic", "eval_episodes"
+OF_TEXT = "dataset", "text_file", "data_dir", "lstm_size", "batch_size"
+
+
 def check_flags(args: Args) -> None:
     """Refuse combinations of flags that no run can have."""
     if args.maze_size % 2 == 0 or args.maze_size < 5:
@@ -1321,8 +1332,23 @@ def check_flags(args: Args) -> None:
         )
     if args.curriculum_period and args.total_timesteps > 10_000 * args.curriculum_period:
         raise SystemExit("--curriculum-period is too short: walks would be 10,000 steps and more.")
-    if args.replan != "learned" and args.model in ("lstm", "ff"):
-        raise SystemExit(f"--model {args.model} has no plan: leave --replan out.")
+    plans, text = args.model in ("straw", "strawe"), args.task == "text"
+    model, task = f"with --model {args.model}", f"with --task {args.task}"
+    for holds, where, names in (  # if it holds, the flags of these names have no effect
+        (not plans, model, OF_PLANS + OF_COMMITMENTS),
+        (args.replan != "learned", f"with --replan {args.replan}", OF_COMMITMENTS),
+        (args.model != "strawe", model, ("noise_size", "noise_cost")),
+        (args.task != "maze", task, ("maze_size", "maze_reward", "curriculum_period")),
+        (args.task != "atari", task, ("env_id",)),
+        (text, task, OF_GAMES),
+        (not text, task, OF_TEXT),
+        (args.text_file, "beside --text-file", ("dataset", "data_dir")),
+    ):
+        given = [name for name in names if getattr(args, name) != getattr(Args, name)]
+        if holds and given:
+            raise SystemExit(f"--{given[0].replace('_', '-')} has no effect {where}: leave it out.")
+    if args.run_dir and not args.evaluate and os.path.exists(Path(args.run_dir, "checkpoint.pt")):
+        open_run_dir(args, "", "")  # refuses it before anything is loaded
 
 
 def drain(log, recent: dict[str, list[float]]) -> None:
@@ -1366,7 +1392,7 @@ def supervise(
             seconds += now - last_time
             metrics = {tag: float(np.mean(values)) for tag, values in sorted(recent.items())}
             metrics["charts/SPS"] = (step - last_step) / (now - last_time)
-            metrics["charts/minutes"] = seconds / 60
+            metrics["charts/minutes"] = seconds / 60  # with the evaluations before this report
             recent, last_step, last_time = defaultdict(list), step, now
             save(T=step, seconds=seconds)
             if finished or (args.eval_every and step >= last_evaluation + args.eval_every):
@@ -1560,7 +1586,7 @@ def run_text(args: Args) -> dict[str, float]:
             seconds += now - last_time
             metrics = {tag: float(np.mean(values)) for tag, values in recent.items()}
             metrics["charts/SPS"] = (step - last_step) / (now - last_time)
-            metrics["charts/minutes"] = seconds / 60
+            metrics["charts/minutes"] = seconds / 60  # of training alone
             progress = {"T": step, "seconds": seconds, "state": state, "age": age}
             progress["text"] = fingerprint
             progress |= {"rng": torch.get_rng_state(), "histogram": histogram, "args": asdict(args)}

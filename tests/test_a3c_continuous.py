@@ -27,7 +27,7 @@ from running import ROOT, Locked, processes_of, start_run, wait_for, work_here
 from torch.distributions import Independent, Normal
 
 import a3c_continuous
-from a3c_continuous import Args, GaussianActorCritic, SharedRMSProp, Trajectory
+from a3c_continuous import Args, GaussianActorCritic, Segment, SharedRMSProp
 
 TOY = {"env_id": "test_a3c_continuous:Aim-v0", "num_workers": 1, "eval_episodes": 4}
 
@@ -110,8 +110,8 @@ def game(name: str = "Aim-v0", pixels: bool = False) -> gym.Env:
     return a3c_continuous.make_env(f"test_a3c_continuous:{name}", pixels)
 
 
-def random_trajectory(N: int = 7, D: int = 3, A: int = 2) -> Trajectory:
-    return Trajectory(
+def random_trajectory(N: int = 7, D: int = 3, A: int = 2) -> Segment:
+    return Segment(
         s_tm1=torch.randn(N, 1, D),
         a_tm1=torch.randn(N, 1, A),
         r_t=torch.randn(N, 1),
@@ -165,7 +165,7 @@ def test_math_losses_are_the_sums_of_a_loop(terminated):
     net, trajectory = GaussianActorCritic((3,), 2), random_trajectory()
     trajectory.terminated[-1] = terminated
     args = Args(discount=0.8, entropy_cost=0.3, reward_scale=0.5)
-    pi_loss, v_loss, watched = a3c_continuous.gaussian_a3c_losses(net, trajectory, args)
+    pi_loss, v_loss, watched = a3c_continuous.a3c_losses(net, trajectory, args)
     policy_state, value_state = trajectory.policy_state, trajectory.value_state
     policy, value, entropies = 0.0, 0.0, 0.0
     for i in range(7):
@@ -237,7 +237,7 @@ def test_math_defaults_are_the_papers():
 
 def test_gradient_each_loss_reaches_its_own_network():
     net = GaussianActorCritic((3,), 2)
-    *losses, _ = a3c_continuous.gaussian_a3c_losses(net, random_trajectory(), Args())
+    *losses, _ = a3c_continuous.a3c_losses(net, random_trajectory(), Args())
     for loss, own in zip(losses, (net.pi, net.v)):
         gradients = torch.autograd.grad(
             loss, list(net.parameters()), allow_unused=True, retain_graph=True
@@ -258,7 +258,7 @@ def test_gradient_of_each_network_is_clipped_by_itself():
     torch.manual_seed(0)
     net, trajectory = GaussianActorCritic((3,), 2), random_trajectory()
     trajectory = trajectory._replace(r_t=1000 * trajectory.r_t)
-    *losses, _ = a3c_continuous.gaussian_a3c_losses(net, trajectory, Args())
+    *losses, _ = a3c_continuous.a3c_losses(net, trajectory, Args())
     before = [[p.detach().clone() for p in n.parameters()] for n in (net.pi, net.v)]
     expected = [
         torch.autograd.grad(loss, list(network.parameters()))
@@ -293,7 +293,7 @@ def test_gradient_that_is_not_finite_moves_nothing():
 def test_math_whole_episodes_do_not_bootstrap(name):
     net = GaussianActorCritic((2,), 2)
     env = game(name)
-    trajectories = a3c_continuous.play_alone(env, 1, net, 0)
+    trajectories = a3c_continuous.play(env, 1, net, 0)
     for _ in range(2):
         trajectory, over = next(trajectories)
         assert trajectory.r_t.shape == (6, 1) and trajectory.a_tm1.shape == (6, 1, 2)
@@ -308,7 +308,7 @@ def test_math_segments_bootstrap_and_hand_on_both_lstm_states(name):
     """Six steps in segments of 4: the LSTMs see each state once, whatever the bootstraps saw."""
     torch.manual_seed(0)
     net = GaussianActorCritic((2,), 2)
-    trajectories = a3c_continuous.play_alone(game(name), 1, net, 4)
+    trajectories = a3c_continuous.play(game(name), 1, net, 4)
     segments = [next(trajectories) for _ in range(6)]
     for (first, unfinished), (second, over) in zip(segments[::2], segments[1::2]):
         assert (len(first.r_t), len(second.r_t), unfinished) == (4, 2, None) and over["l"] == 6
@@ -333,7 +333,7 @@ def test_math_truncation_bootstraps_from_the_last_state_of_its_own_episode(monke
     monkeypatch.setattr(Aim, "look", lambda env: (seen.append(look(env)), seen[-1])[1])
     net, env = GaussianActorCritic((2,), 2), game("TruncatedAim-v0")
     seen.clear()
-    trajectory, _ = next(a3c_continuous.play_alone(env, 1, net, 9))
+    trajectory, _ = next(a3c_continuous.play(env, 1, net, 9))
     assert len(seen) == 8  # seven states of the episode, and the next one's first
     states = torch.from_numpy(np.stack(seen))[:, None]
     torch.testing.assert_close(trajectory.s_tm1, states[:6])
@@ -347,7 +347,7 @@ def test_math_actions_are_clipped_only_on_their_way_into_the_environment():
         net.pi.outputs.bias[:] = torch.tensor([5.0, -0.2, -9.0])
         net.pi.outputs.weight.zero_()
     env = game()
-    trajectory, _ = next(a3c_continuous.play_alone(env, 1, net, 5))
+    trajectory, _ = next(a3c_continuous.play(env, 1, net, 5))
     taken, drawn = np.stack(env.unwrapped.actions), trajectory.a_tm1[:, 0].numpy()
     assert (drawn[:, 0] > 4).all() and (taken[:, 0] == 1).all()
     np.testing.assert_allclose(taken[:, 1], drawn[:, 1])
@@ -360,10 +360,10 @@ def test_math_pixels_are_what_the_environment_draws():
     assert s.shape == (84, 84, 3) and s.dtype == np.uint8
     assert abs((s > 128).mean() - (1 + env.unwrapped.point[0]) / 2) < 0.02
     net = GaussianActorCritic((84, 84, 3), 2)
-    trajectory, _ = next(a3c_continuous.play_alone(env, 0, net, 0))
+    trajectory, _ = next(a3c_continuous.play(env, 0, net, 0))
     assert trajectory.s_tm1.shape == (6, 1, 84, 84, 3) and trajectory.s_tm1.dtype == torch.uint8
     assert (trajectory.s_tm1[0, 0].numpy() == s).all()
-    a3c_continuous.gaussian_a3c_losses(net, trajectory, Args())
+    a3c_continuous.a3c_losses(net, trajectory, Args())
 
 
 def test_math_an_environment_may_write_into_the_state_it_gave(monkeypatch):
@@ -375,13 +375,13 @@ def test_math_an_environment_may_write_into_the_state_it_gave(monkeypatch):
 
     monkeypatch.setattr(Aim, "look", look_into_buffer)
     env = a3c_continuous.make_env(TOY["env_id"], pixels=False)
-    trajectory, _ = next(a3c_continuous.play_alone(env, 0, GaussianActorCritic((2,), 2), 0))
+    trajectory, _ = next(a3c_continuous.play(env, 0, GaussianActorCritic((2,), 2), 0))
     assert len({tuple(s[0].tolist()) for s in trajectory.s_tm1}) == 6
 
 
 def test_math_pendulum_shows_float32_and_ends_after_200_steps():
     env = a3c_continuous.make_env("Pendulum-v1", pixels=False)
-    trajectory, over = next(a3c_continuous.play_alone(env, 0, GaussianActorCritic((3,), 1), 0))
+    trajectory, over = next(a3c_continuous.play(env, 0, GaussianActorCritic((3,), 1), 0))
     assert len(trajectory.r_t) == over["l"] == 200 and over["r"] < -100  # not clipped
     assert trajectory.s_tm1.dtype == torch.float32
 
@@ -405,7 +405,7 @@ def test_math_mujoco_tasks_fit(env_id, D, A, tmp_path, monkeypatch):
         pytest.importorskip(module, reason=f"gymnasium's MuJoCo tasks need {module}")
     env = a3c_continuous.make_env(env_id, pixels=False)
     assert env.observation_space.shape == (D,) and env.action_space.shape == (A,)
-    trajectory, _ = next(a3c_continuous.play_alone(env, 0, GaussianActorCritic((D,), A), 3))
+    trajectory, _ = next(a3c_continuous.play(env, 0, GaussianActorCritic((D,), A), 3))
     assert trajectory.s_tm1.shape == (3, 1, D) and trajectory.s_tm1.dtype == torch.float32
 
 
@@ -494,13 +494,13 @@ def test_math_worker_follows_algorithm_s2(pixels, monkeypatch):
     shared = GaussianActorCritic((84, 84, 3) if pixels else (2,), 2)
     optimizer = SharedRMSProp(list(shared.parameters()), 0.99, 0.1)
     T, reports, rates, rewards, steps = Locked(40), [], [], [], [40]
-    seeds, play_alone = [], a3c_continuous.play_alone
+    seeds, play = [], a3c_continuous.play
 
-    def noting_play_alone(env, seed, *given):
+    def noting_play(env, seed, *given):
         seeds.append(seed)
-        return play_alone(env, seed, *given)
+        return play(env, seed, *given)
 
-    monkeypatch.setattr(a3c_continuous, "play_alone", noting_play_alone)
+    monkeypatch.setattr(a3c_continuous, "play", noting_play)
 
     def update(net, given_optimizer, trajectory, learning_rate, given_args):
         assert given_optimizer is optimizer and given_args is args and net is not shared

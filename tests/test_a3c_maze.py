@@ -26,7 +26,7 @@ from running import ROOT, Locked, processes_of, start_run, wait_for, work_here
 from torch.distributions import Categorical
 
 import a3c_maze
-from a3c_maze import Args, MazeActorCritic, SharedRMSProp, Walk
+from a3c_maze import Args, MazeActorCritic, Segment, SharedRMSProp
 
 TOY = {"env_id": "test_a3c_maze:Doors-v0", "plain": True, "num_workers": 1, "eval_episodes": 4}
 
@@ -98,8 +98,8 @@ def maze():
         pytest.skip(f"no OpenGL or no MiniWorld: {error}")
 
 
-def random_walk(N: int = 6) -> Walk:
-    return Walk(
+def random_walk(N: int = 6) -> Segment:
+    return Segment(
         s_tm1=torch.randint(0, 256, (N, 1, 84, 84, 3), dtype=torch.uint8),
         a_tm1=torch.randint(0, 3, (N, 1)),
         r_t=5 * torch.randn(N, 1),
@@ -119,7 +119,7 @@ def test_math_the_loss_is_the_sum_of_a_loop(terminated):
     net, walk = MazeActorCritic(3), random_walk()
     walk.terminated[-1] = terminated
     args = Args(discount=0.8, entropy_cost=0.3, value_cost=0.7)
-    loss, watched = a3c_maze.maze_a3c_loss(net, walk, args)
+    loss, watched = a3c_maze.a3c_loss(net, walk, args)
     expected, state = 0.0, walk.lstm_state
     for i in range(6):
         logits, v, state = net(walk.s_tm1[i : i + 1], state)
@@ -219,7 +219,7 @@ def test_gradient_longer_than_its_bound_is_scaled_down():
     torch.manual_seed(0)
     net, walk = MazeActorCritic(3), random_walk()
     walk = walk._replace(r_t=1000 * walk.r_t)
-    loss, _ = a3c_maze.maze_a3c_loss(net, walk, Args())
+    loss, _ = a3c_maze.a3c_loss(net, walk, Args())
     gradients = torch.autograd.grad(loss, list(net.parameters()))
     norm = torch.cat([g.flatten() for g in gradients]).norm().item()
     before = [p.detach().clone() for p in net.parameters()]
@@ -258,7 +258,7 @@ def test_math_segments_end_with_their_episode_and_hand_on_the_lstm_state(name):
     """Seven steps in segments of 5 and 2: the LSTM sees each view once, whatever V looked at."""
     torch.manual_seed(0)
     net = MazeActorCritic(2)
-    segments = a3c_maze.explore_mazes(doors(name), 1, net, 5)
+    segments = a3c_maze.play(doors(name), 1, net, 5)
     walks = [next(segments) for _ in range(4)]
     for (first, unfinished), (second, over) in zip(walks[::2], walks[1::2]):
         assert (len(first.r_t), len(second.r_t), unfinished) == (5, 2, None)
@@ -281,7 +281,7 @@ def test_math_segments_end_with_their_episode_and_hand_on_the_lstm_state(name):
 
 def test_math_rewards_are_those_of_the_actions():
     net = MazeActorCritic(2)
-    walk, _ = next(a3c_maze.explore_mazes(doors(), 3, net, 7))
+    walk, _ = next(a3c_maze.play(doors(), 3, net, 7))
     side = (walk.s_tm1[:, 0, 0, 60, 1] == 255).long()  # the door is on the right
     assert torch.equal(walk.r_t[:, 0], 3.0 * (walk.a_tm1[:, 0] == side))
 
@@ -539,13 +539,13 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
     shared = MazeActorCritic(2)
     optimizer = SharedRMSProp(list(shared.parameters()), 0.99, 0.1)
     T, reports, rates, steps = Locked(40), [], [], [40]
-    seeds, explore_mazes = [], a3c_maze.explore_mazes
+    seeds, play = [], a3c_maze.play
 
-    def noting_explore_mazes(env, seed, *given):
+    def noting_play(env, seed, *given):
         seeds.append(seed)
-        return explore_mazes(env, seed, *given)
+        return play(env, seed, *given)
 
-    monkeypatch.setattr(a3c_maze, "explore_mazes", noting_explore_mazes)
+    monkeypatch.setattr(a3c_maze, "play", noting_play)
 
     def update(net, given_optimizer, walk, learning_rate, given_args):
         assert given_optimizer is optimizer and given_args is args and net is not shared

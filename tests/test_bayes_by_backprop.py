@@ -440,9 +440,11 @@ def test_learns_the_curve_and_is_less_sure_outside_it(tmp_path):
         growth > 1.5 > 1.1 > metrics["eval/plain_band_outside"] / metrics["eval/plain_band_inside"]
     )
     assert (tmp_path / "regression.png").stat().st_size > 0
+    (tmp_path / "regression.png").unlink()
     checkpoint = str(tmp_path / "checkpoint.pt")
     evaluated = bbb.main(dataclasses.replace(args, evaluate=checkpoint))
     assert evaluated == {tag: metrics[tag] for tag in evaluated} and len(evaluated) == 6
+    assert (tmp_path / "regression.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("agent", ["bbb", "greedy-5"])
@@ -457,8 +459,13 @@ def test_learns_what_to_eat_and_goes_on_bit_for_bit(agent, tmp_path):
     assert metrics["charts/SPS"] > 0 and metrics["charts/learning_rate"] == 3e-3
     assert metrics["charts/regret"] < 200  # expected of leaving all: 220, of a random agent: 306
     assert metrics["eval/edible_left"] + metrics["eval/poisonous_eaten"] < 30  # eating all: 37
-    evaluated = bbb.main(dataclasses.replace(args, evaluate=path))
-    assert len(evaluated) == 2 and evaluated == {tag: metrics[tag] for tag in evaluated}
+    for moved in (False, True):  # a checkpoint without its run has no curve
+        (tmp_path / "half" / "regret.png").unlink()
+        if moved:
+            (tmp_path / "half" / "metrics.csv").unlink()
+        evaluated = bbb.main(dataclasses.replace(args, evaluate=path))
+        assert len(evaluated) == 2 and evaluated == {tag: metrics[tag] for tag in evaluated}
+        assert (tmp_path / "half" / "regret.png").exists() != moved
     assert (tmp_path / "whole" / "regret.png").stat().st_size > 0
 
 
@@ -535,9 +542,9 @@ def test_math_training_validation_and_test_images_are_apart(tmp_path, monkeypatc
     assert seen[False][1:] == [list(range(240, 256))] * (1 + TINY["eval_samples"] + 1)
 
 
-def test_math_the_chosen_net_is_tested_and_the_last_pruned(tmp_path):
-    rates = dict(learning_rate=6e-3, learning_rate_decay=6.0)  # later epochs spoil the net
-    args = Args(**TINY, **rates, epochs=3, batch_size=32)
+def test_math_the_chosen_net_is_tested_and_the_last_pruned(tmp_path, monkeypatch):
+    monkeypatch.setattr(bbb, "learning_rate_at", lambda epoch, _: 6e-3 * 6 ** (epoch - 1))  # spoils
+    args = Args(**TINY, epochs=3, batch_size=32)
     first = dataclasses.replace(args, run_dir=str(tmp_path))
     resumed = dataclasses.replace(args, epochs=4, resume=str(tmp_path / "checkpoint.pt"))
     for again in (first, resumed):
@@ -604,8 +611,10 @@ def test_math_regression_has_as_many_samples_as_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bbb, "update", update)
     where = {"hidden_units": 8, "run_dir": str(tmp_path)}
-    bbb.main(Args(task="regression", epochs=1, batch_size=250, samples=3, **where))
+    metrics = bbb.main(Args(task="regression", epochs=1, batch_size=250, samples=3, **where))
     assert told == [(250, 3)] * 2 * 4
+    assert metrics["losses/error"] == 4 and metrics["losses/kl"] > 100
+    assert metrics["losses/free_energy"] == pytest.approx(metrics["losses/kl"] + 4)
 
 
 def test_math_momentum_is_that_of_the_flag():
@@ -758,7 +767,7 @@ def test_math_curves_of_pruning_bear_their_names(tmp_path, monkeypatch):
             "--prior-sigma-2 must be .* at most --prior-sigma-1, 1.0, not 1.1",
         ),
         ({"prior": "gaussian", "prior_sigma_1": 0.0}, "--prior-sigma-1 must be above .* not 0.0"),
-        ({"task": "regression"}, "--dataset is for --task mnist"),
+        ({"task": "regression"}, "--dataset is for --task mnist: leave it out"),
         ({"sgd_momentum": 0.9}, "--sgd-momentum is for --optimizer sgd"),
         ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
         ({"task": "bandit", "method": "sgd"}, "--method is for --task mnist"),

@@ -16,7 +16,8 @@ import tyro
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 ROLES = {"Args", "main", "evaluate", "update", "worker", "make_env", "actor", "learner", "run"}
-ROLES |= {"make_optimizer", "learning_rate_at"}
+ROLES |= {"make_optimizer", "make_network", "learning_rate_at", "check_flags"}
+ROLES |= {"Segment", "play", "a3c_loss"}
 TWO_OF_ONE_NAME = {"GlimpseNetwork"}  # RAM and DRAM call two networks alike
 OWN_CONSTANTS = {"KEPT", "Task"}  # of one name, each script's own
 CONSTANT = ast.Assign, ast.AugAssign

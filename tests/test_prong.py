@@ -24,7 +24,8 @@ from torch import nn
 import prong
 from prong import Args, WhitenedLayer
 
-TINY = {"dataset": "digits", "report_every": 20, "whitening_period": 20, "total_iterations": 40}
+SHORT = {"dataset": "digits", "report_every": 20, "total_iterations": 40}
+TINY = SHORT | {"whitening_period": 20}
 
 
 def small(method="prong", seed=0, widths=(6, 5, 4, 3)):
@@ -253,8 +254,8 @@ def test_math_without_whitening_it_is_gradient_descent_bit_for_bit(task, tmp_pat
     monkeypatch.setattr(prong, "rewhiten", lambda *_: [])
     monkeypatch.setattr(prong, "draw_spectra", lambda *_: None)
     results = []
-    for method in ("sgd", "prong"):
-        args = Args(task=task, method=method, **TINY)
+    for method, flags in (("sgd", SHORT), ("prong", TINY)):
+        args = Args(task=task, method=method, **flags)
         metrics = prong.main(dataclasses.replace(args, run_dir=str(tmp_path / method)))
         net = torch.load(tmp_path / method / "checkpoint.pt")["net"]
         results.append((metrics, {k: v for k, v in net.items() if k.split(".")[1] in "Vd"}))
@@ -435,7 +436,7 @@ def test_math_reports_and_curves_tell_the_mean_loss_since_the_last(tmp_path, mon
     monkeypatch.setattr(prong, "update", lambda *_: next(losses))
     monkeypatch.setattr(prong, "probe_fisher", lambda _: torch.eye(2))
     monkeypatch.setattr(prong, "draw_fisher", lambda *_: None)
-    flags = TINY | {"total_iterations": 4, "report_every": 2}
+    flags = SHORT | {"total_iterations": 4, "report_every": 2}
     with monkeypatch.context() as patch:
         patch.setattr(prong.plt, "close", lambda _: None)
         prong.main(Args(task="fisher", method="sgd", **flags, run_dir=str(tmp_path)))
@@ -527,7 +528,7 @@ def test_learns_digits_and_goes_on_bit_for_bit(method, tmp_path):
     args = Args(task="fisher", method=method, **TINY | {"total_iterations": 300})
     args = dataclasses.replace(args, report_every=150, whitening_period=70, learning_rate=0.05)
     if method == "rmsprop":
-        args = dataclasses.replace(args, learning_rate=0.005)
+        args = dataclasses.replace(args, learning_rate=0.005, whitening_period=1000)
     metrics = prong.main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
     assert metrics["eval/test_error"] < 30  # 90 is chance
     pictures = ["fisher.png", "curves.png"] + ["spectra.png"] * (method == "prong")
@@ -545,8 +546,13 @@ def test_learns_digits_and_goes_on_bit_for_bit(method, tmp_path):
     whole, resumed = (torch.load(tmp_path / r / "checkpoint.pt")["net"] for r in ("whole", "half"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
-    evaluated = prong.main(dataclasses.replace(args, evaluate=path))
-    assert evaluated == {tag: metrics[tag] for tag in evaluated} and len(evaluated) == 6
+    for moved in (False, True):  # a checkpoint without its run has no curves
+        (tmp_path / "half" / "curves.png").unlink()
+        if moved:
+            (tmp_path / "half" / "metrics.csv").unlink()
+        evaluated = prong.main(dataclasses.replace(args, evaluate=path))
+        assert evaluated == {tag: metrics[tag] for tag in evaluated} and len(evaluated) == 6
+        assert (tmp_path / "half" / "curves.png").exists() != moved
 
 
 def test_learns_to_reconstruct(tmp_path):
@@ -555,6 +561,9 @@ def test_learns_to_reconstruct(tmp_path):
     rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     errors = [float(value) for _, tag, value in rows if tag == "eval/test_error"]
     assert errors[-1] < errors[0] and metrics["charts/whitening_share"] > 0
+    (tmp_path / "reconstructions.png").unlink()
+    checkpoint = str(tmp_path / "checkpoint.pt")
+    prong.main(dataclasses.replace(args, run_dir="", evaluate=checkpoint))
     assert (tmp_path / "reconstructions.png").stat().st_size > 0
 
 
@@ -571,7 +580,8 @@ def test_learns_from_cifar_and_anneals_and_goes_on_bit_for_bit(method, tmp_path,
 
     monkeypatch.setattr(prong, "convolutional_network", small_net)
     args = Args(task="cifar10", method=method, data_dir=str(folder), batch_size=2, report_every=600)
-    args = dataclasses.replace(args, whitening_period=300, total_iterations=1200)
+    period = 300 if method == "prong+" else 1000
+    args = dataclasses.replace(args, whitening_period=period, total_iterations=1200)
     metrics = prong.main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
     rows = [row.split(",") for row in (tmp_path / "whole/metrics.csv").read_text().splitlines()]
     errors = {int(t): float(value) for t, tag, value in rows if tag == "eval/validation_error"}
@@ -602,7 +612,7 @@ def test_math_methods_begin_alike_and_see_the_same_minibatches(tmp_path, monkeyp
     for method in ("sgd", "batchnorm", "prong", "prong+"):
         torch.manual_seed(0)
         first[method] = prong.dense_network([6, 5, 4], nn.Tanh, method, 6)[0].V
-        args = Args(task="autoencoder", method=method, **TINY | {"total_iterations": 2})
+        args = Args(task="autoencoder", method=method, **SHORT | {"total_iterations": 2})
         prong.main(dataclasses.replace(args, batch_size=4, run_dir=str(tmp_path / method)))
     for method in first:
         assert torch.equal(first[method], first["sgd"])
@@ -682,6 +692,8 @@ def test_learns_on_with_a_setting_that_ended_before_its_row(tmp_path):
             {"method": "batchnorm", "task": "autoencoder", "batch_size": 1},
             "at least 2 to normalise",
         ),
+        ({"method": "sgd"}, "--whitening-period has no effect with --method sgd: leave it out"),
+        ({"rmsprop_eps": 0.5}, "--rmsprop-eps has no effect with --method prong: leave it out"),
         ({"device": "cuda"}, "torch finds no GPU here"),
     ],
 )
@@ -768,6 +780,7 @@ def test_bad_input_damaged_batch(tmp_path):
 
 
 def test_bad_input_other_method(tmp_path, monkeypatch):
+    monkeypatch.setattr(prong, "check_flags", lambda _: None)  # some have no effect with others
     args = Args(task="fisher", **TINY, run_dir=str(tmp_path))
     prong.main(args)
     checkpoint = str(tmp_path / "checkpoint.pt")

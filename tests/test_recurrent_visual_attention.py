@@ -76,7 +76,7 @@ def test_math_retina_is_that_of_slow_indexing(S, patch_size, num_scales):
     ids=str,
 )
 def test_math_parameter_counts(flags, count):
-    assert sum(p.numel() for p in ram.make_model(Args(**flags)).parameters()) == count
+    assert sum(p.numel() for p in ram.make_network(Args(**flags)).parameters()) == count
 
 
 def test_math_tasks_are_those_of_the_paper():
@@ -527,7 +527,7 @@ def test_math_training_validation_and_test_images_are_apart(numbered, tmp_path, 
             seen[torch.is_grad_enabled()].append(n.tolist())
             return F.one_hot((n + (n < 240)) % 10, 10) + 0.0 * self.weight.sum()
 
-    monkeypatch.setattr(ram, "make_model", lambda _: RightInTheTest(1, 1))
+    monkeypatch.setattr(ram, "make_network", lambda _: RightInTheTest(1, 1))
     args = Args(**DIGITS, task="cluttered", model="fc", epochs=3, eval_every=2, batch_size=64)
     metrics = ram.main(dataclasses.replace(args, run_dir=str(tmp_path)))
     order = [n for part in seen[True] for n in part]
@@ -561,13 +561,13 @@ def test_math_flags_reach_training_evaluation_and_drawing(numbered, tmp_path, mo
 
     monkeypatch.setattr(ram, "look", noting)
     monkeypatch.setattr(ram, "hybrid_loss", noting_weights)
-    monkeypatch.setattr(ram, "check_task", lambda _: None)  # some flags have no effect on others
+    monkeypatch.setattr(ram, "check_flags", lambda _: None)  # some flags have no effect on others
     args = Args(**DIGITS, num_glimpses=2, location_std=0.35, reinforce_weight=0.5, batch_size=100)
     args = dataclasses.replace(args, glimpse_policy="random", reinforce_into_core=False, epochs=1)
     args = dataclasses.replace(args, monte_carlo_samples=3, seed=5, run_dir=str(tmp_path))
     ram.main(args)
     torch.manual_seed(5)
-    untrained = ram.make_model(args).location.weight  # as random glimpses leave it
+    untrained = ram.make_network(args).location.weight  # as random glimpses leave it
     assert torch.equal(torch.load(tmp_path / "checkpoint.pt")["net"]["location.weight"], untrained)
     assert [(len(numbers), *rest) for numbers, *rest in looked[:2]] == [
         (300, 2, "random", 0.35, False)
@@ -622,7 +622,7 @@ def test_math_catch_is_played_with_its_deviation_and_filmed_where_it_looks(tmp_p
     assert played == [(40, 24, 0.3, False, False)] * 2 + untrained
     for into_core in (False, True, None):
         flags = dataclasses.replace(args, reinforce_into_core=into_core)
-        next(ram.game_losses(ram.make_model(flags), flags))
+        next(ram.game_losses(ram.make_network(flags), flags))
         assert played.pop() == (40, 24, 0.3, False, into_core is True)
         plays.pop()
     centres, whole = ((plays[-1].l + 1) * 12).round().long().transpose(0, 1).flatten(0, 1), 0
@@ -638,10 +638,8 @@ def test_math_catch_is_played_with_its_deviation_and_filmed_where_it_looks(tmp_p
 
 def test_math_the_location_network_alone_has_a_rate_of_its_own(numbered, tmp_path):
     args = Args(**DIGITS, num_glimpses=2, location_rate=0.3, epochs=2, run_dir=str(tmp_path))
-    net = ram.make_model(args)
-    sees, chooses = (
-        set(group["params"]) for group in ram.two_rate_optimizer(net, args).param_groups
-    )
+    net = ram.make_network(args)
+    sees, chooses = (set(group["params"]) for group in ram.make_optimizer(net, args).param_groups)
     assert chooses == set(net.location.parameters())
     assert sees == set(net.parameters()) - chooses
     metrics = ram.main(args)
@@ -662,9 +660,10 @@ def test_learns_on_with_what_the_checkpoint_holds(numbered, tmp_path, monkeypatc
     metrics = ram.main(dataclasses.replace(args, epochs=4, resume=str(path)))
     assert 100 < metrics["charts/minutes"] < 101 and metrics["charts/SPS"] > 200 / 6000
     assert metrics["charts/learning_rate"] == pytest.approx(1e-3 / 4) and seeds == [2]
-    monkeypatch.setattr(ram, "report", lambda *_: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(SystemExit, match="Stopped; evaluate with --evaluate"):  # nothing is left
-        ram.main(dataclasses.replace(args, epochs=5, resume=str(path)))
+    for at, epochs in (("report", 5), ("evaluate", 6)):  # nothing is left but the last evaluation
+        monkeypatch.setattr(ram, at, lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit, match="Stopped; evaluate with --evaluate"):
+            ram.main(dataclasses.replace(args, epochs=epochs, resume=str(path)))
 
 
 def test_math_reported_is_the_mean_of_an_epoch_and_a_loss_that_is_no_number_ends_it(
@@ -697,9 +696,11 @@ def test_learns_digits_and_goes_on_bit_for_bit(tmp_path):
     metrics = ram.main(args)
     assert metrics["eval/error"] < 70  # chance: 90
     assert (tmp_path / "whole" / "glimpses.png").stat().st_size > 5000
+    (tmp_path / "whole" / "glimpses.png").unlink()
     checkpoint = str(tmp_path / "whole" / "checkpoint.pt")
     evaluated = ram.main(dataclasses.replace(args, run_dir="", evaluate=checkpoint))
     assert evaluated == {tag: value for tag, value in metrics.items() if tag in evaluated}
+    assert (tmp_path / "whole" / "glimpses.png").stat().st_size > 5000
 
     first = dataclasses.replace(args, run_dir=str(tmp_path / "parts"))
     losses, epochs = ram.image_losses, []
@@ -735,8 +736,13 @@ def test_command_line_catch_is_played_and_filmed(tmp_path, monkeypatch):
     args = Args(task="catch", epochs=2, batch_size=256, run_dir=str(tmp_path), device="cpu")
     metrics = ram.main(args)
     assert 0 <= metrics["eval/caught"] <= 100
-    with Image.open(tmp_path / "games.gif") as film:
-        assert film.n_frames == 8 * 24
+    for again in (False, True):
+        with Image.open(tmp_path / "games.gif") as film:
+            assert film.n_frames == 8 * 24
+        if not again:
+            (tmp_path / "games.gif").unlink()
+            evaluated = dataclasses.replace(args, evaluate=str(tmp_path / "checkpoint.pt"))
+            assert ram.main(evaluated)["eval/caught"] == metrics["eval/caught"]
 
 
 class Mnist(http.server.BaseHTTPRequestHandler):
@@ -770,7 +776,7 @@ def test_learns_to_look_better_than_at_random():
     def error_of(policy: str) -> float:
         torch.manual_seed(1)
         net = RecurrentAttentionModel(6, 3, 2, lstm=False)
-        optimizer = ram.two_rate_optimizer(net, args)
+        optimizer = ram.make_optimizer(net, args)
         optimizer.param_groups[1]["lr"] *= args.location_rate
         for step in range(501):
             y = torch.randint(2, (96 if step < 500 else 4000,))
@@ -836,6 +842,10 @@ def test_learns_from_a_download(tmp_path, monkeypatch):
             {"glimpse_policy": "centre", "reinforce_weight": 1.0},
             "--reinforce-weight has no effect without locations to learn",
         ),
+        (
+            {"glimpse_policy": "random", "location_std": 0.3},
+            "--location-std has no effect without locations to learn: leave it out",
+        ),
         ({"evaluate": "good.pt", "location_std": 0.3}, "with --location-std 0.15, not with"),
         ({"num_scales": 40}, "passes 56, two images"),
         ({"patch_size": 57}, "passes 56, two images"),
@@ -857,7 +867,7 @@ def test_learns_from_a_download(tmp_path, monkeypatch):
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = Args(**DIGITS)
-    state = {"net": ram.make_model(args).state_dict(), "args": dataclasses.asdict(args)}
+    state = {"net": ram.make_network(args).state_dict(), "args": dataclasses.asdict(args)}
     ram.save_checkpoint(Path("good.pt"), **state)
     Path("data/mnist").mkdir(parents=True)
     Path("data/mnist/train-images-idx3-ubyte.gz").write_bytes(b"no gzip")
@@ -869,7 +879,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
 
 def test_bad_input_flags_of_training_stay_as_they_were(tmp_path):
     args = Args(**DIGITS, resume=str(tmp_path / "checkpoint.pt"))
-    state = {"net": ram.make_model(args).state_dict(), "args": dataclasses.asdict(args)}
+    state = {"net": ram.make_network(args).state_dict(), "args": dataclasses.asdict(args)}
     ram.save_checkpoint(tmp_path / "checkpoint.pt", **state)
     changes = {"seed": 2, "batch_size": 32, "optimizer": "sgd", "learning_rate": 0.5}
     changes |= {"location_rate": 1.0, "reward": "correct"}
@@ -879,7 +889,7 @@ def test_bad_input_flags_of_training_stay_as_they_were(tmp_path):
         with pytest.raises(SystemExit, match=f"made with --{name.replace('_', '-')} .*, not with"):
             ram.main(dataclasses.replace(args, **{name: value}))
     args = Args(task="catch", device="cpu", resume=args.resume)
-    state = {"net": ram.make_model(args).state_dict(), "args": dataclasses.asdict(args)}
+    state = {"net": ram.make_network(args).state_dict(), "args": dataclasses.asdict(args)}
     ram.save_checkpoint(tmp_path / "checkpoint.pt", **state)
     with pytest.raises(SystemExit, match=r"made with --entropy-cost .*, not with .* 0\.5"):
         ram.main(dataclasses.replace(args, entropy_cost=0.5))

@@ -763,10 +763,13 @@ def test_learns_on_with_the_film_and_the_flags_of_its_beginning(monkeypatch, tmp
         "task": "addition", "distortion": "P", "model": "cnn", "transform": "tps",
         "learning_rate": 0.5, "localisation_learning_rate": 0.5, "sgd_momentum": 0.5,
         "optimizer": "adam", "batch_size": 7, "fixed_distortions": True,
-        "total_iterations": 30, "seed": 2, "bfloat16": True, "dataset": "mnist",
+        "seed": 2, "bfloat16": True, "dataset": "mnist",
     }.items():  # fmt: skip
         with pytest.raises(SystemExit, match=f"was made with --{name.replace('_', '-')} "):
             stn.main(dataclasses.replace(args, **{name: other}))
+    longer = stn.main(dataclasses.replace(args, total_iterations=40))
+    assert longer["charts/learning_rate"] == pytest.approx(Args.learning_rate / 10**2)
+    assert len(torch.load(path)["frames"]) == 3  # after updates 10, 30 and 40
 
 
 # ---- Mistakes of users --------------------------------------------------------------------------
@@ -783,7 +786,7 @@ def test_learns_on_with_the_film_and_the_flags_of_its_beginning(monkeypatch, tmp
         ({"optimizer": "adam", "sgd_momentum": 0.9}, "is for --optimizer sgd"),
         (
             {"transform": "none", "localisation_learning_rate": 0.5},
-            "--localisation-learning-rate has no effect with --transform none",
+            "--localisation-learning-rate has no effect with --transform none: leave it out",
         ),
         ({"evaluate": "nothing.pt"}, "nothing.pt is missing"),
         (
@@ -852,7 +855,7 @@ def test_bad_input_other_transform(tmp_path):
     ):
         stn.main(dataclasses.replace(args, transform="tps", evaluate=checkpoint))
     assert "eval/error" in stn.main(dataclasses.replace(args, bfloat16=True, evaluate=checkpoint))
-    with pytest.raises(SystemExit, match="has had all of its 20 updates"):
+    with pytest.raises(SystemExit, match="is at update 20: raise --total-iterations"):
         stn.main(dataclasses.replace(args, resume=checkpoint, run_dir=""))
 
 

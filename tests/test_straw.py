@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import math
 import multiprocessing
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,22 @@ from straw import Args, Maze, Plan, StrategicAttentiveWriter
 SMALL = {"plan_length": 20, "plan_filters": 3, "noise_size": 5, "lstm_size": 16}
 TOY = {"maze_size": 5, "num_workers": 1, "eval_episodes": 3, "learning_rate": 1e-3, **SMALL}
 TEXT = {"task": "text", "model": "straw", "batch_size": 4, "t_max": 10, **SMALL}
+
+
+def fitting(args: Args) -> Args:
+    """Without those of the flags above that the task or the model does not have."""
+    try:
+        straw.check_flags(args)
+    except SystemExit as refusal:
+        if idle := re.match("--(.*) has no effect", str(refusal)):
+            name = idle[1].replace("-", "_")
+            return fitting(dataclasses.replace(args, **{name: getattr(Args, name)}))
+    return args
+
+
+def main(args: Args) -> dict[str, float]:
+    return straw.main(fitting(args))
+
 
 each_planner = pytest.mark.parametrize("model", ["straw", "strawe"])
 each_model = pytest.mark.parametrize("model", ["straw", "strawe", "lstm", "ff"])
@@ -1295,7 +1312,7 @@ def test_math_text_is_learned_in_order_again_and_again_at_a_falling_rate(tmp_pat
     monkeypatch.setattr(straw, "evaluate_text", evaluate_text)
     clock = SimpleNamespace(time=time.time, perf_counter=lambda: len(pieces))
     monkeypatch.setattr(straw, "time", clock)
-    straw.main(dataclasses.replace(args, report_every=160, eval_every=240))
+    main(dataclasses.replace(args, report_every=160, eval_every=240))
     text = straw.encode(random_text(330))
     columns, start = straw.side_by_side(text[1], 4), straw.TextModel(args).initial_state(4)
     expected, opened, now = Counter(), {}, 0
@@ -1335,10 +1352,10 @@ def test_math_text_is_learned_in_order_again_and_again_at_a_falling_rate(tmp_pat
 def test_math_time_spent_before_counts_when_text_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(straw, "evaluate_text", lambda *_: {})
     args = Args(**TEXT, text_file=periodic_text(tmp_path), total_timesteps=40)
-    straw.main(dataclasses.replace(args, run_dir=str(tmp_path)))
+    main(dataclasses.replace(args, run_dir=str(tmp_path)))
     path = tmp_path / "checkpoint.pt"
     straw.save_checkpoint(path, **torch.load(path) | {"seconds": 6000.0})
-    on = straw.main(dataclasses.replace(args, resume=str(path), total_timesteps=80))
+    on = main(dataclasses.replace(args, resume=str(path), total_timesteps=80))
     assert 100 < on["charts/minutes"] < 101
 
 
@@ -1354,12 +1371,12 @@ def test_learns_a_periodic_text(model, learning_rate, tmp_path):
     args = Args(**TEXT | {"model": model}, text_file=periodic_text(tmp_path))
     args = dataclasses.replace(args, total_timesteps=7000, learning_rate=learning_rate)
     args = dataclasses.replace(args, run_dir=str(tmp_path / "run"))
-    metrics = straw.main(args)
+    metrics = main(args)
     assert metrics["eval/bits_per_character"] < 0.35
     checkpoint = str(tmp_path / "run" / "checkpoint.pt")
     pictures = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.png")}
     again = dataclasses.replace(args, evaluate=checkpoint, run_dir="", total_timesteps=10**6)
-    evaluated = straw.main(again)
+    evaluated = main(again)
     assert evaluated == {tag: metrics[tag] for tag in evaluated}
     if model == "straw":
         assert {path.name for path in pictures} == {"commitments.png", "macro_actions.png"}
@@ -1372,7 +1389,7 @@ def test_learns_a_periodic_text(model, learning_rate, tmp_path):
 
 def test_learns_on_as_if_it_had_not_been_interrupted(tmp_path, monkeypatch):
     args = Args(**TEXT, text_file=periodic_text(tmp_path), total_timesteps=1200, report_every=400)
-    straw.main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
+    main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
     report = straw.report
 
     def stopping(*arguments):
@@ -1381,10 +1398,10 @@ def test_learns_on_as_if_it_had_not_been_interrupted(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="Stopped; go on with"):
         patch.setattr(straw, "report", stopping)
-        straw.main(dataclasses.replace(args, run_dir=str(tmp_path / "halves")))
+        main(dataclasses.replace(args, run_dir=str(tmp_path / "halves")))
     halves = str(tmp_path / "halves" / "checkpoint.pt")
     assert torch.load(halves)["T"] == 400
-    straw.main(dataclasses.replace(args, resume=halves))
+    main(dataclasses.replace(args, resume=halves))
     whole, halves = torch.load(tmp_path / "whole" / "checkpoint.pt"), torch.load(halves)
     assert whole["T"] == halves["T"] == 1200 and whole["net"].keys() == halves["net"].keys()
     for name in whole["net"]:
@@ -1403,7 +1420,7 @@ def test_learns_text_to_its_end_then_ctrl_c_advises_to_evaluate(tmp_path, monkey
     monkeypatch.setattr(straw, "evaluate_text", Mock(side_effect=KeyboardInterrupt))
     args = Args(**TEXT, text_file=periodic_text(tmp_path), total_timesteps=40)
     with pytest.raises(SystemExit, match=r"Stopped; evaluate with --evaluate .*checkpoint.pt"):
-        straw.main(dataclasses.replace(args, run_dir=str(tmp_path)))
+        main(dataclasses.replace(args, run_dir=str(tmp_path)))
 
 
 def test_learns_to_commit_when_replanning_costs_and_to_replan_when_it_is_free(tmp_path):
@@ -1412,7 +1429,7 @@ def test_learns_to_commit_when_replanning_costs_and_to_replan_when_it_is_free(tm
     for cost in (0.0, 3.0):
         args = Args(**TEXT, text_file=periodic_text(tmp_path), commitment_cost=cost)
         args = dataclasses.replace(args, total_timesteps=2000, report_every=400)
-        straw.main(dataclasses.replace(args, run_dir=str(tmp_path / str(cost))))
+        main(dataclasses.replace(args, run_dir=str(tmp_path / str(cost))))
         with open(tmp_path / str(cost) / "metrics.csv") as file:
             rows = list(csv.reader(file))
         told = [float(value) for _, tag, value in rows if tag == "charts/committed"]
@@ -1428,7 +1445,7 @@ def test_learns_something_in_processes_then_evaluates_and_goes_on(tmp_path, monk
     monkeypatch.setattr(straw, "FILMED_STEPS", 8)
     args = Args(**TOY, envs_per_worker=2, t_max=3, total_timesteps=800, report_every=300)
     args = dataclasses.replace(args, run_dir=str(tmp_path), curriculum_period=500)
-    metrics = straw.main(args)
+    metrics = main(args)
     assert multiprocessing.active_children() == []
     assert -10 < metrics["eval/episodic_return"] <= metrics["eval/optimal_return"] < 0.1
     assert {"eval/replans_at_turns", "eval/replans_in_corridors", "eval/committed"} <= set(metrics)
@@ -1443,16 +1460,16 @@ def test_learns_something_in_processes_then_evaluates_and_goes_on(tmp_path, monk
     )
 
     path = str(tmp_path / "checkpoint.pt")
-    evaluated = straw.main(dataclasses.replace(args, evaluate=path, run_dir=""))
+    evaluated = main(dataclasses.replace(args, evaluate=path, run_dir=""))
     assert evaluated == {tag: value for tag, value in metrics.items() if tag in evaluated}
     on = dataclasses.replace(args, run_dir="", resume=path, learning_rate=1e-12)
-    straw.main(dataclasses.replace(on, total_timesteps=checkpoint["T"] + 1))
+    main(dataclasses.replace(on, total_timesteps=checkpoint["T"] + 1))
     after = torch.load(path)
     assert after["T"] > checkpoint["T"] and after["histogram"].sum() > checkpoint["histogram"].sum()
     for name, value in checkpoint["net"].items():
         torch.testing.assert_close(after["net"][name], value, atol=1e-6, rtol=0)
     with pytest.raises(SystemExit, match=r"is at step \d+: raise --total-timesteps"):
-        straw.main(on)
+        main(on)
 
 
 def test_math_worker_follows_algorithm_s2(monkeypatch):
@@ -1541,7 +1558,7 @@ def test_math_evaluation_counts_only_games_that_are_not_over(monkeypatch):
 def test_math_a_run_of_games_begins_with_its_seed_or_goes_on(resumed, tmp_path, monkeypatch):
     """What the workers share, what is saved of it, and what a report evaluates and draws."""
     args = Args(**TOY, model="straw", rmsprop_decay=0.7, rmsprop_eps=0.3, total_timesteps=999)
-    path, calls = tmp_path / "checkpoint.pt", []
+    args, path, calls = fitting(args), tmp_path / "checkpoint.pt", []
     torch.manual_seed(args.seed)
     net = straw.make_policy(args)
     saved = {"T": 0, "seconds": 0.0, "g": [torch.zeros_like(p) for p in net.parameters()]}
@@ -1601,7 +1618,7 @@ def test_math_a_run_of_games_begins_with_its_seed_or_goes_on(resumed, tmp_path, 
         note(name)
     monkeypatch.setattr(straw, "supervise", supervise)
     torch.manual_seed(5)  # main has a seed of its own
-    metrics = straw.main(
+    metrics = main(
         dataclasses.replace(
             args, **{"resume": str(path)} if resumed else {"run_dir": str(tmp_path)}
         )
@@ -1635,7 +1652,7 @@ def test_learns_a_5x5_maze(model, tmp_path):
     args = dataclasses.replace(args, total_timesteps=100_000, run_dir=str(tmp_path))
     args = dataclasses.replace(args, learning_rate=2e-3, rmsprop_eps=1e-3, entropy_cost=0.01)
     start = time.monotonic()
-    metrics = straw.main(dataclasses.replace(args, discount=0.9, maze_reward=0.1))
+    metrics = main(dataclasses.replace(args, discount=0.9, maze_reward=0.1))
     assert time.monotonic() - start < 120
     assert metrics["eval/solved"] > 95
     assert metrics["eval/episodic_return"] > metrics["eval/optimal_return"] - 0.2  # two steps
@@ -1646,7 +1663,6 @@ def test_learns_a_5x5_maze(model, tmp_path):
     [
         ({"maze_size": 8}, "--maze-size must be odd"),
         ({"plan_length": 5}, "--plan-length must be at least 8"),
-        ({"model": "lstm", "replan": "always"}, "has no plan"),
         ({"t_max": 0}, "--t-max must lie between 1"),
         ({"task": "atari", "env_id": "BrekoutNoFrameskip-v4"}, "no game.*BreakoutNoFrameskip-v4"),
         ({"task": "atari", "env_id": "toy_games:Side-v0"}, r"\(84, 84, 3\)"),
@@ -1673,9 +1689,31 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
     state = {"net": net.state_dict(), "args": dataclasses.asdict(args)}
     straw.save_checkpoint(Path("good.pt"), **state)
     with pytest.raises(SystemExit, match=f"(?s){sentence}") as stop:
-        straw.main(dataclasses.replace(args, **flags))
+        main(dataclasses.replace(args, **flags))
     assert isinstance(stop.value.code, str)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.pt", "short.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"model": "lstm", "replan": "always"}, "--replan has no effect with --model lstm"),
+        ({"model": "ff", "plan_length": 20}, "--plan-length has no effect with --model ff"),
+        ({"model": "lstm", "economic": False}, "--economic has no effect with --model lstm"),
+        ({"model": "ff", "commitment_bias": 1.0}, "--commitment-bias has no effect with --model"),
+        ({"replan": "random", "commitment_cost": 0.1}, "--commitment-cost .* with --replan random"),
+        ({"model": "straw", "noise_cost": 0.1}, "--noise-cost has no effect with --model straw"),
+        ({"task": "atari", "maze_size": 5}, "--maze-size has no effect with --task atari"),
+        ({"task": "text", "maze_reward": 0.1}, "--maze-reward has no effect with --task text"),
+        ({"env_id": "Tint-v0"}, "--env-id has no effect with --task maze"),
+        ({"task": "text", "discount": 0.9}, "--discount has no effect with --task text"),
+        ({"task": "atari", "lstm_size": 16}, "--lstm-size has no effect with --task atari"),
+        ({"task": "text", "text_file": "a", "dataset": "ptb"}, "--dataset .* beside --text-file"),
+    ],
+)
+def test_bad_input_flags_without_effect_are_refused(flags, sentence):
+    with pytest.raises(SystemExit, match=f"^{sentence}.*: leave it out.$"):
+        straw.main(Args(**flags))
 
 
 def test_math_text_comes_from_the_file_or_the_folder_of_data(tmp_path, monkeypatch):
@@ -1714,7 +1752,7 @@ def test_bad_input_a_run_goes_on_with_the_flags_that_shape_it(task, flags, tmp_p
     path = tmp_path / "checkpoint.pt"
     others = {"task": task, "model": "straw", "env_id": "test_straw:Tint-v0"}
     args = Args(**TOY | others, t_max=10, batch_size=4, text_file=periodic_text(tmp_path))
-    args = dataclasses.replace(args, total_timesteps=40)
+    args = fitting(dataclasses.replace(args, total_timesteps=40))
     monkeypatch.setattr(straw, "supervise", lambda *_: {})  # should it not be refused
     net = straw.TextModel(args) if task == "text" else straw.make_policy(args)
     histogram = torch.zeros(straw.PERIODS, straw.LONGEST + 1).long()
@@ -1724,7 +1762,7 @@ def test_bad_input_a_run_goes_on_with_the_flags_that_shape_it(task, flags, tmp_p
         straw.save_checkpoint(path, **state, args=made_with)
         flag = "--" + name.replace("_", "-")
         with pytest.raises(SystemExit, match=f"made with {flag} {value}, not with {flag} "):
-            straw.main(dataclasses.replace(args, resume=str(path)))
+            main(dataclasses.replace(args, resume=str(path)))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "text.txt"]
 
 
@@ -1732,29 +1770,29 @@ def test_bad_input_a_run_goes_on_with_its_text_wherever_that_lies(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     path = periodic_text(tmp_path)
     args = Args(**TEXT, text_file=path, total_timesteps=80, run_dir="run")
-    straw.main(args)
+    main(args)
     args = dataclasses.replace(args, run_dir="", evaluate="run/checkpoint.pt")
-    straw.main(dataclasses.replace(args, text_file=Path(path).name))
+    main(dataclasses.replace(args, text_file=Path(path).name))
     with open(path, "a") as file:
         file.write(".")
     with pytest.raises(SystemExit, match=r"run/checkpoint.pt was made with another text"):
-        straw.main(args)
+        main(args)
 
 
 def test_math_commitments_move_to_earlier_periods_when_a_run_is_made_longer(tmp_path, monkeypatch):
     """And to later ones when it is made shorter: those beyond its end count with the last."""
     monkeypatch.setattr(straw, "evaluate_text", lambda *_: {})
     args = Args(**TEXT, text_file=periodic_text(tmp_path), total_timesteps=2000)
-    straw.main(dataclasses.replace(args, run_dir=str(tmp_path)))
+    main(dataclasses.replace(args, run_dir=str(tmp_path)))
     path = tmp_path / "checkpoint.pt"
     before = torch.load(path)["histogram"]
     longer = dataclasses.replace(args, resume=str(path), total_timesteps=4000)
-    straw.main(longer)
+    main(longer)
     after = torch.load(path)["histogram"]
     assert torch.equal(after[:25], before[0::2] + before[1::2])
     assert before[25:].any() and after[25:].any()
     straw.save_checkpoint(path, **torch.load(path) | {"T": 1960})
-    straw.main(dataclasses.replace(longer, total_timesteps=2000))
+    main(dataclasses.replace(longer, total_timesteps=2000))
     shorter = torch.load(path)["histogram"]
     assert torch.equal(shorter[0:49:2], after[:25]) and not shorter[1:49:2].any()
     assert (shorter[49] >= after[25:].sum(0)).all()
@@ -1763,16 +1801,16 @@ def test_math_commitments_move_to_earlier_periods_when_a_run_is_made_longer(tmp_
 def test_bad_input_a_picture_that_cannot_be_written(tmp_path, monkeypatch):
     """In an evaluation: a folder has its name. Other errors of the system stay what they are."""
     args = Args(**TEXT, text_file=periodic_text(tmp_path), total_timesteps=80)
-    straw.main(dataclasses.replace(args, run_dir=str(tmp_path)))
+    main(dataclasses.replace(args, run_dir=str(tmp_path)))
     args = dataclasses.replace(args, evaluate=str(tmp_path / "checkpoint.pt"))
     (tmp_path / "commitments.png").unlink()
     (tmp_path / "commitments.png").mkdir()
     with pytest.raises(SystemExit, match=r"commitments.png cannot .*choose another folder"):
-        straw.main(args)
+        main(args)
     for error in (OSError("no memory"), FileNotFoundError(2, "no such file", "/lib/game.bin")):
         monkeypatch.setattr(straw, "evaluate_text", Mock(side_effect=error))
         with pytest.raises(OSError, match=r"no memory|no such file"):
-            straw.main(args)
+            main(args)
 
 
 def test_bad_input_a_download_that_is_not_the_text(tmp_path, monkeypatch):

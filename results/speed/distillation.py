@@ -150,7 +150,7 @@ def updates(student: str, args: Args) -> float:
     """Updates per second of a student, sampling from memory included."""
     settings = policy_distillation.Args(env_ids=(args.env_id,), round_updates=10)
     net = GameNetwork(WIDTHS[student], [6])
-    optimizer = policy_distillation.choose_optimizer(net, settings)
+    optimizer = policy_distillation.make_optimizer(net, settings)
     with tempfile.TemporaryDirectory() as folder:
         memory = ScreenMemory(Path(folder, "memory"), lanes=1, capacity=5000, spare=0, width=6)
         memory.screens.random_(0, 256)

@@ -100,7 +100,7 @@ def training(settings: dram.Args, nets: torch.nn.ModuleList, clocks: dict) -> It
     """Endless steps as main makes them."""
     on_noise = settings.task == "svhn"
     data = noise(settings) if on_noise else dram.load_data(settings, settings.device)
-    optimizer = dram.grouped_optimizer(nets, settings)
+    optimizer = dram.make_optimizer(nets, settings)
     retina, table = dram.RetinaSensor.forward, dram.integral_image
     cut_glimpses = clocked(retina, clocks, settings.device)
     make_table = clocked(table, clocks, settings.device)

@@ -52,7 +52,7 @@ def training_step(args: Args, task: str) -> Callable[[], None]:
     settings = ram.Args(
         task=task, dataset=args.dataset, data_dir=args.data_dir, batch_size=args.batch_size
     )
-    net = ram.make_model(settings)
+    net = ram.make_network(settings)
     digits, labels, *_ = ram.load_images(settings, "cpu")
     optimizer = torch.optim.Adam(net.parameters(), settings.learning_rate, fused=True)
     losses = endless(lambda: ram.image_losses(net, settings, digits, labels))
@@ -69,7 +69,7 @@ def step_without_images(args: Args, task: str) -> Callable[[], None]:
     """The same network's step on patches that are there already."""
     settings = ram.Args(task=task, batch_size=args.batch_size)
     setting = ram.setting_of(settings)
-    net = ram.make_model(settings)
+    net = ram.make_network(settings)
     image = torch.randint(256, (args.batch_size, setting.S, setting.S), dtype=torch.uint8)
     table = ram.integral_image(image)
     net.retina = Tray(net.retina(table, torch.zeros(args.batch_size, 2)))
