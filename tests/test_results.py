@@ -1,5 +1,6 @@
 """results/: its numbers come from the runs it keeps, and its programs do what they say."""
 
+import ast
 import csv
 import importlib
 import re
@@ -115,6 +116,31 @@ def test_the_mazes_number_is_that_of_its_evaluation():
     with open(FOLDER / "a3c_maze" / "apples" / "evaluation.csv", newline="") as file:
         values = [r["value"] for r in csv.DictReader(file) if r["tag"] == RETURN]
     assert values[0] == ROWS["A3C, mazes"]["ours"]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("**/*.py")), ids=lambda path: path.name)
+def test_a_program_names_only_what_the_scripts_have(path):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    scripts = {p.stem: importlib.import_module(p.stem) for p in FOLDER.parent.glob("*.py")}
+    known = {
+        a.asname or a.name: scripts[a.name]
+        for n in nodes
+        if isinstance(n, ast.Import)
+        for a in n.names
+        if a.name in scripts
+    }
+    told = [
+        (scripts[n.module], a.name)
+        for n in nodes
+        if isinstance(n, ast.ImportFrom) and n.module in scripts
+        for a in n.names
+    ]
+    told += [
+        (known[n.value.id], n.attr)
+        for n in nodes
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in known
+    ]
+    assert [name for script, name in told if not hasattr(script, name)] == []
 
 
 def test_every_experiments_folder_has_a_curve():

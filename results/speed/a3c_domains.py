@@ -82,7 +82,7 @@ def continuous(name: str) -> tuple[Call, int, Call, int]:
     alone, env = (a3c_continuous.make_env(env_id, args.pixels) for _ in range(2))
     shapes = env.observation_space.shape, *env.action_space.shape
     net = a3c_continuous.GaussianActorCritic(*shapes)
-    learner = worker(a3c_continuous, a3c_continuous.play_alone(env, 0, net, args.t_max), net, args)
+    learner = worker(a3c_continuous, a3c_continuous.play(env, 0, net, args.t_max), net, args)
     steps = EPISODES[env_id]
     return random_actions(alone, steps), steps, learner, args.t_max or steps
 
@@ -92,7 +92,7 @@ def maze(env_id: str) -> tuple[Call, int, Call, int]:
     args = a3c_maze.Args(env_id=env_id)
     env = a3c_maze.make_env(args)
     net = a3c_maze.MazeActorCritic(env.action_space.n)
-    learner = worker(a3c_maze, a3c_maze.explore_mazes(env, 0, net, args.t_max), net, args)
+    learner = worker(a3c_maze, a3c_maze.play(env, 0, net, args.t_max), net, args)
     return random_actions(env, args.t_max), args.t_max, learner, args.t_max
 
 
