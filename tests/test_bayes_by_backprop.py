@@ -762,6 +762,7 @@ def test_math_curves_of_pruning_bear_their_names(tmp_path, monkeypatch):
         ),
         ({"batch_size": 0}, "--batch-size must lie"),
         ({"prior_pi": 1.0}, "--prior-pi must lie between 0 and 1, not at 1.0"),
+        ({"learning_rate_decay": 9.6}, "--learning-rate-decay must lie between 0 and 1, not at"),
         (
             {"prior_sigma_2": 1.1},
             "--prior-sigma-2 must be .* at most --prior-sigma-1, 1.0, not 1.1",
