@@ -1342,6 +1342,7 @@ def check_flags(args: Args) -> None:
         (args.task != "atari", task, ("env_id",)),
         (text, task, OF_GAMES),
         (not text, task, OF_TEXT),
+        (args.model == "ff", model, ("lstm_size",)),
         (args.text_file, "beside --text-file", ("dataset", "data_dir")),
     ):
         given = [name for name in names if getattr(args, name) != getattr(Args, name)]

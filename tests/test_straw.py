@@ -1708,6 +1708,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
         ({"env_id": "Tint-v0"}, "--env-id has no effect with --task maze"),
         ({"task": "text", "discount": 0.9}, "--discount has no effect with --task text"),
         ({"task": "atari", "lstm_size": 16}, "--lstm-size has no effect with --task atari"),
+        ({"task": "text", "model": "ff", "lstm_size": 16}, "--lstm-size .* with --model ff"),
         ({"task": "text", "text_file": "a", "dataset": "ptb"}, "--dataset .* beside --text-file"),
     ],
 )
