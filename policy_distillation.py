@@ -688,6 +688,14 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
         tqdm.write(f"{path} cannot be written ({error}).")
 
 
+def write_figure(figure, path: Path) -> None:
+    """A picture; where it cannot be written, a line says so and the run goes on."""
+    try:
+        figure.savefig(path, dpi=90)
+    except OSError as error:
+        tqdm.write(f"{path} cannot be written ({error}).")
+
+
 def report(writer, step: int, metrics: dict[str, float]) -> None:
     """The same numbers to the terminal, to tensorboard and to metrics.csv."""
     tqdm.write(f"{step:>8}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -934,10 +942,11 @@ def draw_policies(
     net: GameNetwork, memories: list[ScreenMemory], args: Args, end: int, path: Path
 ) -> None:
     """What teacher and student would do on some of the screens; a row for each game."""
-    import matplotlib.pyplot as plt  # not above: collectors import this file, too
+    from matplotlib.figure import Figure  # not above: collectors import this file, too
 
     tau, size = args.temperature, (15, 2.6 * len(memories))
-    figure, rows = plt.subplots(len(memories), 6, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(size, layout="constrained")
+    rows = figure.subplots(len(memories), 6, squeeze=False)
     for g, (axes, memory) in enumerate(zip(rows, memories, strict=True)):
         lane, t = memory.sample(3, end)
         s, q = memory.stacks(lane, t), memory.values_at(lane, t)
@@ -951,8 +960,7 @@ def draw_policies(
                 )
             bars.set(ylim=(0, 1), xlabel="action", ylabel="probability", xticks=range(len(q[i])))
     rows[0, 1].legend(fontsize="small", framealpha=0.5)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    write_figure(figure, path)
 
 
 def make_network(args: Args, num_actions: list[int]) -> GameNetwork:

@@ -1076,7 +1076,7 @@ def draw_replans(counted: np.ndarray, path: Path) -> None:
     share = np.where(visits, replans / np.maximum(visits, 1), np.nan)
     axis.figure.colorbar(axis.imshow(share, cmap="hot", vmin=0), label="replans per visit")
     axis.set(xlabel="column (cells)", ylabel="row (cells)", title="where the plan is changed")
-    axis.figure.savefig(path)
+    write_figure(axis.figure, path)
 
 
 FILMED_STEPS, FILMED_COLUMNS = 150, 30  # of a film and of the plans in it
@@ -1131,7 +1131,7 @@ def draw_commitments(histogram: Tensor, path: Path) -> None:
     axis.set(xlabel="training (% of --total-timesteps)", title="commitments")
     longest = max((percent >= 1).any(0).nonzero().flatten().tolist(), default=0) + 1
     axis.set(ylabel=f"length (steps; {LONGEST}: or more)", ylim=(0.5, longest + 0.5))
-    axis.figure.savefig(path)
+    write_figure(axis.figure, path)
 
 
 def draw_macro_actions(tables: dict[int, list[tuple]], path: Path) -> None:
@@ -1146,7 +1146,7 @@ def draw_macro_actions(tables: dict[int, list[tuple]], path: Path) -> None:
             axis.text(rank, true_rank, f" {label}", family="monospace", parse_math=False)
         axis.set(xlabel="rank by use", ylabel="rank in the text", yscale="log")
         axis.set(title=f"macro-actions of length {length} (_ is a space)")
-    figure.savefig(path)
+    write_figure(figure, path)
 
 
 def update(
@@ -1219,6 +1219,14 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
     first, *others = pictures
     try:
         first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
+    except OSError as error:
+        tqdm.write(f"{path} cannot be written ({error}).")
+
+
+def write_figure(figure, path: Path) -> None:
+    """A picture; where it cannot be written, a line says so and the run goes on."""
+    try:
+        figure.savefig(path, dpi=90)
     except OSError as error:
         tqdm.write(f"{path} cannot be written ({error}).")
 

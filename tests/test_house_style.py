@@ -151,6 +151,25 @@ def test_resume_goes_on_in_the_folder_of_its_checkpoint(path):
 
 
 @each_script
+def test_pictures_that_cannot_be_written_end_no_run(path, tmp_path, capsys):
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    script, at = importlib.import_module(path.stem), tmp_path / "missing" / "picture"
+    writers = {
+        "write_gif": ([Image.new("RGB", (2, 2))], at.with_suffix(".gif"), 100),
+        "write_figure": (Figure(), at.with_suffix(".png")),
+        "save_figure": (Figure(), at.with_suffix(".png")),
+    }
+    found = [name for name in writers if hasattr(script, name)]
+    for name in found:
+        getattr(script, name)(*writers[name])
+    assert capsys.readouterr().out.count("cannot be written") == len(found) > 0
+    saves = re.findall(r"\.save(?:fig)?\(path\b", path.read_text())
+    assert len(saves) == len(found)
+
+
+@each_script
 def test_sections_stand_in_their_order(path):
     titles = re.findall(r"^# ---- (.+?) -+$", path.read_text(), re.M)
     assert titles[0] == "The method" and titles[-1] == "Evaluation and training"
