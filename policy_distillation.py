@@ -70,6 +70,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -604,6 +605,7 @@ def collector(
     torch.set_num_threads(1)
     keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is a matter for the main process
+    tqdm.set_lock(threading.RLock())  # its default is a semaphore, which would outlive the process
     main_process, K, steps = mp.parent_process(), args.envs_per_collector, lane_steps(args)
     memories = student_memories(args, folder, [teacher.num_actions[0] for teacher in teachers])
     begun = [[(seed, []) for seed in independent_seeds(K, args.seed, 1 + rank)]] * len(memories)

@@ -963,6 +963,7 @@ def test_command_line_a_student_matches_a_hand_made_teacher(tmp_path):
     run = command(tmp_path, "--teachers", teacher, *flags.split(), "--eval-episodes", "10")
     out, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors
+    assert "leaked" not in errors
     assert "The replays take up to 0.00 GB of" in out
     assert "The student has 60,914 parameters, 3.6 % of a teacher's." in out
     metrics = ast.literal_eval(out.splitlines()[-1])
