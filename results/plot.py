@@ -372,15 +372,13 @@ EXPERIMENTS.append(
     )
 )
 for game in ("pong", "freeway"):
-    taught = f"policy_distillation/{game}/net2__seed1.csv"
     EXPERIMENTS.append(
         Experiment(
             folder=f"policy_distillation/{game}",
             title=f"Policy distillation: students of a teacher of {game.capitalize()}",
-            tag="eval/episodic_return",
-            y="score of 30 games",
+            tag="charts/agreement",
+            y="screens on which student and teacher agree (share)",
             x=(UPDATES,),
-            beside=(("the teacher", taught, "eval/teacher_return"),),
         )
     )
 

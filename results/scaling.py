@@ -4,7 +4,7 @@
     python results/scaling.py --part rates     # the toy game, random learning rates
     python results/scaling.py --part bundles   # the toy game, Gorila's bundles
     python results/scaling.py --env-id PongNoFrameskip-v4 --envs-per-worker 8 --seeds 1
-        --learning-rate 7e-4 --reference -19 --max-timesteps 4000000 --report-every 50000
+        --learning-rate 7e-4 --reference -19.5 --max-timesteps 4000000 --report-every 50000
 
 Calls the scripts as a user would. A run ends at --reference (mean return of a report; not in part
 rates), any run after --max-timesteps. Each becomes a line of results/scaling/GAME_PART.csv, and

@@ -158,9 +158,9 @@ def contenders() -> list[Contender]:
         Contender(f"{command} 8 --t-max 5", partial(a3c, 8, 5), goals_8),
         Contender(f"{command} 8 --t-max 20", partial(a3c, 8, 20), goals_8),
     ]
-    for algorithm in ("nstep-q", "onestep-q", "onestep-sarsa"):
-        name = f"async_nstep_q.py --algorithm {algorithm} --envs-per-worker 8"
-        rows.append(Contender(name, partial(async_q, algorithm, 8), {PSS: 350}))
+    for n, algorithm in product((1, 8), ("nstep-q", "onestep-q", "onestep-sarsa")):
+        name = f"async_nstep_q.py --algorithm {algorithm} --envs-per-worker {n}"
+        rows.append(Contender(name, partial(async_q, algorithm, n), {PSS: 350}))
     if importlib.util.find_spec("stable_baselines3"):
         for vec_env, n in product(("DummyVecEnv", "SubprocVecEnv"), (1, 2)):
             name = f"SB3 {version('stable-baselines3')} A2C, {vec_env}, torch threads: {n}"
