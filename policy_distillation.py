@@ -80,7 +80,7 @@ from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Literal
+from typing import Any, Literal
 
 import ale_py
 import cv2
@@ -690,7 +690,7 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
         tqdm.write(f"{path} cannot be written ({error}).")
 
 
-def write_figure(figure, path: Path) -> None:
+def write_figure(figure: Any, path: Path) -> None:
     """A picture; where it cannot be written, a line says so and the run goes on."""
     try:
         figure.savefig(path, dpi=90)

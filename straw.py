@@ -90,7 +90,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 from pydoc_data import topics
 from queue import SimpleQueue
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ale_py
 import cv2
@@ -1223,7 +1223,7 @@ def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) 
         tqdm.write(f"{path} cannot be written ({error}).")
 
 
-def write_figure(figure, path: Path) -> None:
+def write_figure(figure: Any, path: Path) -> None:
     """A picture; where it cannot be written, a line says so and the run goes on."""
     try:
         figure.savefig(path, dpi=90)
