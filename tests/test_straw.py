@@ -1799,15 +1799,17 @@ def test_math_commitments_move_to_earlier_periods_when_a_run_is_made_longer(tmp_
     assert (shorter[49] >= after[25:].sum(0)).all()
 
 
-def test_bad_input_a_picture_that_cannot_be_written(tmp_path, monkeypatch):
-    """In an evaluation: a folder has its name. Other errors of the system stay what they are."""
+def test_bad_input_what_an_evaluation_cannot_write(tmp_path, monkeypatch, capsys):
+    """A folder has its name: a picture costs itself, a table ends it. Other errors stay."""
     args = Args(**TEXT, text_file=periodic_text(tmp_path), total_timesteps=80)
     main(dataclasses.replace(args, run_dir=str(tmp_path)))
     args = dataclasses.replace(args, evaluate=str(tmp_path / "checkpoint.pt"))
-    (tmp_path / "commitments.png").unlink()
-    (tmp_path / "commitments.png").mkdir()
-    with pytest.raises(SystemExit, match=r"commitments.png cannot .*choose another folder"):
+    for name in ("commitments.png", "macro_actions.csv"):
+        (tmp_path / name).unlink()
+        (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit, match=r"macro_actions.csv cannot .*choose another folder"):
         main(args)
+    assert re.search(r"commitments.png cannot be written \(.*\)\.", capsys.readouterr().out)
     for error in (OSError("no memory"), FileNotFoundError(2, "no such file", "/lib/game.bin")):
         monkeypatch.setattr(straw, "evaluate_text", Mock(side_effect=error))
         with pytest.raises(OSError, match=r"no memory|no such file"):
