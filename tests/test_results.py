@@ -112,6 +112,23 @@ def test_a_number_is_the_mean_of_the_kept_runs(experiment):
     assert float(told) == pytest.approx(found, abs=0.6 * unit)  # four digits are kept of each
 
 
+def test_the_returns_at_random_rates_are_those_of_the_kept_runs():
+    with open(FOLDER / "scaling" / "Catch-v0_rates.csv", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: float(row["learning_rate"]))
+    told = table(RESULTS[RESULTS.index("python results/scaling.py --part rates") :])
+    assert [row["rate, thousandths"] for row in told] == list(scaling.METHODS)
+    for method, row in zip(scaling.METHODS, told, strict=True):
+        runs = [run for run in rows if run["method"] == method]
+        scores = [float(run["score"]) for run in runs]
+        rates = [1000 * float(run["learning_rate"]) for run in runs]
+        _, *numbers = row.items()
+        *cells, (_, middle), (_, above) = numbers
+        assert [float(title) for title, _ in cells] == pytest.approx(rates, rel=0.05)
+        assert [float(number) for _, number in cells] == pytest.approx(scores, abs=0.0051)
+        assert float(middle) == pytest.approx(np.median(scores), abs=0.0051)
+        assert above == f"{sum(score > 0 for score in scores)} of {len(scores)}"
+
+
 def test_the_mazes_number_is_that_of_its_evaluation():
     with open(FOLDER / "a3c_maze" / "apples" / "evaluation.csv", newline="") as file:
         values = [r["value"] for r in csv.DictReader(file) if r["tag"] == RETURN]
