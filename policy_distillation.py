@@ -379,7 +379,9 @@ class ScreenMemory:
         """Screens [B, 84, 84, 4] at steps t; an episode's first screen stands for those before."""
         age = self.ages[lane, t % self.slots].long()
         back = torch.minimum(torch.tensor([3, 2, 1, 0]), age[:, None])  # [B, 4]
-        return self.screens[lane[:, None], (t[:, None] - back) % self.slots].permute(0, 2, 3, 1)
+        slot = lane[:, None] * self.slots + (t[:, None] - back) % self.slots
+        screens = self.screens.flatten(0, 1).index_select(0, slot.flatten())  # screen by screen
+        return screens.unflatten(0, slot.shape).permute(0, 2, 3, 1)
 
     def values_at(self, lane: Tensor, t: Tensor) -> Tensor:
         return self.values[lane, t % self.slots]

@@ -6,10 +6,9 @@
     Result   12 times fewer updates to the loss that gradient descent has after 10,000, 9 times less
                time (means of seeds 1 to 3) in 7 min on 2 cores of an AMD EPYC; paper: up to 10
                times fewer
-    Run      python prong.py --task cifar10 --batch-size 64 --total-iterations 5000
-    Result   16.7 % validation error (seed 1; batch normalisation 19.6) in 48 min on one core of
-               the same, beside another run; paper: 7.32 % (8.22) of the test images after all of
-               its training
+    Run      python prong.py --task cifar10 --batch-size 64 --total-iterations 40000
+    Result   11.5 % validation error (seed 1; batch normalisation 9.0) in 7 min on one NVIDIA H200,
+               three other runs beside it; paper: 7.32 % (8.22) of the test images
     Run      python prong.py --task fisher --learning-rate 1e-2 --total-iterations 5000
                --report-every 100
     Result   99.9993 % lower condition number at the end (mean of seeds 1 to 3; sgd 99.98, rmsprop
@@ -137,7 +136,8 @@ def estimate_whitening(h: Tensor, epsilon: float) -> tuple[Whitening, Tensor]:
     """
     h = h.double()
     c = h.mean(0)
-    _, deviation, E_T = torch.linalg.svd((h - c) / math.sqrt(len(h)), full_matrices=False)
+    _, R = torch.linalg.qr((h - c) / math.sqrt(len(h)), mode="r")  # R^T R is Sigma
+    _, deviation, E_T = torch.linalg.svd(R, full_matrices=False)
     lambda_ = deviation.square()
     gain = (epsilon / (lambda_ + epsilon)).sqrt() - 1
     return Whitening(c, E_T.T, gain, h.new_tensor(epsilon**-0.5)), lambda_

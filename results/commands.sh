@@ -61,9 +61,9 @@ python prong.py --whitening-period 10000 --total-iterations 10000 --report-every
 python results/prong_scaled.py --total-iterations 10000 --report-every 250 --run-dir runs/prong/period/scaled__seed1
 
 # prong.py: CIFAR-10 with equal updates
-python prong.py --task cifar10 --batch-size 64 --total-iterations 5000 --run-dir runs/prong/cifar10/prong__seed1
-python prong.py --task cifar10 --method batchnorm --batch-size 64 --learning-rate 1e-2 --total-iterations 5000 --run-dir runs/prong/cifar10/batchnorm__seed1
-python prong.py --task cifar10 --method sgd --batch-size 64 --learning-rate 1e-2 --total-iterations 5000 --run-dir runs/prong/cifar10/sgd__seed1
+python prong.py --task cifar10 --batch-size 64 --total-iterations 40000 --run-dir runs/prong/cifar10/prong__seed1
+python prong.py --task cifar10 --method batchnorm --batch-size 64 --learning-rate 1e-2 --total-iterations 40000 --run-dir runs/prong/cifar10/batchnorm__seed1
+python prong.py --task cifar10 --method sgd --batch-size 64 --learning-rate 1e-2 --total-iterations 40000 --run-dir runs/prong/cifar10/sgd__seed1
 
 # bayes_by_backprop.py: MNIST
 for seed in 1 2 3; do
@@ -147,6 +147,7 @@ python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --opt
 # spatial_transformer_mnist.py: 150,000 updates, on a GPU but for the first
 python spatial_transformer_mnist.py --transform none --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/R_fcn_long/none__seed1
 python spatial_transformer_mnist.py --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/R_fcn_long/affine__seed1
+python spatial_transformer_mnist.py --distortion RTS --transform none --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/RTS_fcn_long/none__seed1
 python spatial_transformer_mnist.py --distortion RTS --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/RTS_fcn_long/affine__seed1
 python spatial_transformer_mnist.py --distortion RTS --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/RTS_fcn_long/affine-0.01__seed1
 python spatial_transformer_mnist.py --model cnn --bfloat16 --transform none --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/R_cnn_long/none__seed1
