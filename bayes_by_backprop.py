@@ -13,7 +13,7 @@
                network 1) in 50 s on one core of an AMD EPYC; paper: a drawing (figure 5)
     Run      python bayes_by_backprop.py --task bandit --prior gaussian --prior-sigma-1 0.368
                --kl-weighting uniform --rho-init -3
-    Result   regret 6,575 after 50,000 mushrooms (seed 1), at the end by 80 more each 1,000, in
+    Result   regret 6,575 after 50,000 mushrooms (seed 1), growing by 80 each 1,000 at the end, in
                54 min on one core of the same, beside another run; paper: 5,700
 
 Departures: ours (the paper's)
@@ -518,7 +518,14 @@ def save_checkpoint(path: Path, **state) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> dict:
+class Checkpoint(dict):
+    """What save_checkpoint wrote; a part that it lacks is told in a sentence."""
+
+    def __missing__(self, part: str) -> None:
+        raise SystemExit(f"The checkpoint has no {part}: another version of this script wrote it.")
+
+
+def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> Checkpoint:
     """What save_checkpoint wrote, its parameters put into net.
 
     The flags named in shaping must be those of the run that wrote it.
@@ -536,7 +543,7 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         raise SystemExit(
             f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
-    return checkpoint
+    return Checkpoint(checkpoint)
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:

@@ -647,7 +647,14 @@ def save_checkpoint(path: Path, **state) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> dict:
+class Checkpoint(dict):
+    """What save_checkpoint wrote; a part that it lacks is told in a sentence."""
+
+    def __missing__(self, part: str) -> None:
+        raise SystemExit(f"The checkpoint has no {part}: another version of this script wrote it.")
+
+
+def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> Checkpoint:
     """What save_checkpoint wrote, its parameters put into net.
 
     The flags named in shaping must be those of the run that wrote it.
@@ -665,7 +672,7 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         raise SystemExit(
             f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
-    return checkpoint
+    return Checkpoint(checkpoint)
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:

@@ -11,7 +11,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -148,6 +150,17 @@ def test_resume_goes_on_in_the_folder_of_its_checkpoint(path):
     script.check(script.Args(resume="run/checkpoint.pt", run_dir="./run/"))
     with pytest.raises(SystemExit, match="leave --run-dir out"):
         script.check(script.Args(resume="run/checkpoint.pt", run_dir="another"))
+
+
+@each_script
+def test_a_checkpoint_that_lacks_a_part_is_refused_with_a_sentence(path, tmp_path):
+    script, net = importlib.import_module(path.stem), nn.Linear(2, 1)
+    file = tmp_path / "checkpoint.pt"
+    torch.save({"args": {}, "net": net.state_dict()}, file)
+    checkpoint = script.load_checkpoint(file, script.Args(), net)
+    assert checkpoint["args"] == {} and checkpoint.get("optimizer") is None
+    with pytest.raises(SystemExit, match="has no optimizer: another version of this script"):
+        checkpoint["optimizer"]
 
 
 @each_script
