@@ -34,10 +34,12 @@ Departures: ours (the paper's)
     at first A is 0 and c 1, the patch lies over the next K steps and a plan lasts 5 at most (not
       told); the grid's position is a sigmoid times the plan's length, from column 1 on for c, so it
       cannot leave it (DRAW: linear); its stride is exp(psi) columns (DRAW: (T - 1) / (K - 1)
-      exp(psi)), psi_c's is not used; stride and width stay between 1 / T and T columns
+      exp(psi)), psi_c's is not used; stride and width stay between 1 / T and T columns, in the Run
+      line of text 3 (not told)
     STRAWe's noise begins with a sigma of about exp(-2) (not told)
     lambda is paid for c_0 after the shift: of a committed step the chance that it was drawn with,
-      of one that replans an entry that no gate is drawn from (the index in eq. 3 is hard to read)
+      of one that replans an entry that no gate is drawn from; in the Run line of text for c_1, the
+      chance of the next gate (the index in eq. 3 is hard to read)
     the last entry of a written commitment plan is 1, so that at the end of a plan there is another,
       whatever b (not told); b starts at 0 or at --commitment-bias (not told)
     z = mu + sigma eps (whether sigma is the deviation or its square is not told)
@@ -53,8 +55,8 @@ Departures: ours (the paper's)
       (not told); after 100 steps an episode is cut off, its return goes on as V (not told)
     Atari: rewards clipped to [-1, 1], an episode ends with a life, four screens, up to 30 no-ops
       (not told); today's action sets, sticky actions with *-v0 and ALE/*-v5 ids (none)
-    text: by default Python's own help, in the Run line Shakespeare (Penn Treebank); learning rate
-      1, falling, gradient norm 0.5, 32 places in pieces of 40 characters, 256 LSTM cells (not
+    text: by default Python's own help, in the Run line Shakespeare (Penn Treebank), there with Adam
+      at 1e-3 (gradient descent); learning rate 1, falling, gradient norm 0.5, 32 places in pieces of 40 characters, 256 LSTM cells (not
       told); mean loss (sum); macro-actions of length 3 and 4 (4), read off the
       likeliest characters; the 49 most frequent characters and one for all others (50 symbols),
       nine tenths to learn, the rest to test (not told); noise and baselines are ours; no GPU
@@ -119,9 +121,11 @@ class Args:
     replan: Literal["learned", "always", "random"] = "learned"  # random: commits for 0 to 4 steps
     plan_length: int = 500  # T, steps
     plan_filters: int = 10  # K, width of the patch of the plan that is read and written
+    max_extent: float = 0.0  # columns that stride and width of attention have at most; 0: T
     noise_size: int = 128  # dimensions of STRAWe's noisy channel
     noise_cost: float = 1e-5  # alpha, of the noisy channel's KL
-    commitment_cost: float = 1e-3  # lambda, of c_0; the larger, the longer the commitments
+    commitment_cost: float = 1e-3  # lambda; the larger, the longer the commitments
+    commitment_entry: Literal[0, 1] = 0  # of c, that lambda is paid for; 1: the next gate's chance
     commitment_bias: float = 0.0  # b at the start; the larger, the more often plans change at first
     economic: bool = True  # while committed, the feature network is skipped (games)
     maze_size: int = 11  # cells along a side, outer walls included; odd
@@ -138,7 +142,8 @@ class Args:
     # Optimisation
     total_timesteps: int = 500_000_000  # of all workers together (text: characters)
     batch_size: int = 32  # text: places that are read side by side
-    learning_rate: float = 0.0  # at the start; falls linearly to 0; 0: 5e-4, on text 1
+    optimizer: Literal["sgd", "adam"] = "sgd"  # of text
+    learning_rate: float = 0.0  # falls linearly to 0; 0: 5e-4, on text 1 (adam: 1e-3) at the start
     rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # inside the root
     max_gradient_norm: float = 0.0  # a longer gradient is scaled down to this; 0: 40, on text 0.5
@@ -168,14 +173,14 @@ def attended_column(psi: Tensor, first: int, last: int) -> Tensor:
     return first + (last - first) * psi.sigmoid()
 
 
-def extent(psi: Tensor, T: int) -> Tensor:
-    """A stride or a width: exp(psi) columns, from 1 / T to T so that nothing overflows."""
-    return psi.clamp(-math.log(T), math.log(T)).exp()
+def extent(psi: Tensor, T: int, longest: float) -> Tensor:
+    """A stride or a width: exp(psi) columns, from 1 / T to the longest, so nothing overflows."""
+    return psi.clamp(-math.log(T), math.log(longest)).exp()
 
 
-def attention_grid(psi: Tensor, K: int, T: int) -> tuple[Tensor, Tensor]:
+def attention_grid(psi: Tensor, K: int, T: int, longest: float) -> tuple[Tensor, Tensor]:
     """Centres mu [..., K] and width sigma [..., 1] of K Gaussians, from psi [..., 3]."""
-    stride, sigma = extent(psi[..., 1:], T).split(1, -1)
+    stride, sigma = extent(psi[..., 1:], T, longest).split(1, -1)
     k = torch.arange(K) - (K - 1) / 2
     return attended_column(psi[..., :1], 0, T - 1) + k * stride, sigma
 
@@ -198,14 +203,14 @@ def write(patch: Tensor, filters: Tensor) -> Tensor:
 E = 40.0  # e, what a commitment plan is written with
 
 
-def commitment_plan(psi_c: Tensor, b: Tensor, t: Tensor) -> Tensor:
+def commitment_plan(psi_c: Tensor, b: Tensor, t: Tensor, longest: float) -> Tensor:
     """c [M, T] = sigmoid(b + write(e, psi_c)), chances of replanning (algorithm 1).
 
     One Gaussian makes it almost certain where it lies, b is the chance before that. At the last
     column it is certain, so that no plan is the last.
     """
     T = len(t)
-    mu, sigma = attended_column(psi_c[:, :1], 1, T - 1), extent(psi_c[:, 2:], T)
+    mu, sigma = attended_column(psi_c[:, :1], 1, T - 1), extent(psi_c[:, 2:], T, longest)
     c = (b + E * attention_filters(mu, sigma, t)[:, 0]).sigmoid()
     return torch.where(t < T - 1, c, 1.0)
 
@@ -260,7 +265,7 @@ class Output(NamedTuple):
     state: tuple[Tensor, ...]  # after the last step
     g: Tensor  # [N, B]
     kl: Tensor  # [] summed over replanning steps
-    c_0: Tensor  # [] summed over all steps
+    paid: Tensor  # [] entries of c that lambda is paid for, summed over all steps
 
 
 def reach(A: Tensor, mu: Tensor, sigma: Tensor) -> int:
@@ -284,6 +289,7 @@ class StrategicAttentiveWriter(nn.Module):
     def __init__(self, num_features: int, num_rows: int, args: Args):
         super().__init__()
         self.R, self.K, self.T = num_rows, args.plan_filters, args.plan_length
+        self.longest, self.entry = args.max_extent or args.plan_length, args.commitment_entry
         self.noise_size, width, self.channel = 0, num_features, None
         if args.model == "strawe":
             self.noise_size = width = args.noise_size
@@ -308,7 +314,8 @@ class StrategicAttentiveWriter(nn.Module):
         if self.fixed_c:
             c = F.pad(self.b.new_tensor(self.fixed_c), (0, self.T - len(self.fixed_c)))
             return c.expand(len(psi), -1)
-        return commitment_plan(self.f_c(torch.cat([psi, xi], 1).detach()), self.b, self.t)
+        psi_c = self.f_c(torch.cat([psi, xi], 1).detach())
+        return commitment_plan(psi_c, self.b, self.t, self.longest)
 
     def forward(
         self, zeta: Tensor, eps: Tensor, fresh: Tensor, plan: Plan, g: Tensor | None = None
@@ -320,7 +327,7 @@ class StrategicAttentiveWriter(nn.Module):
         N, B = fresh.shape
         z, kl = self.channel(zeta, eps) if self.channel else (zeta, zeta.new_zeros(N, B))
         psi = self.f_psi(z)
-        mu, sigma = attention_grid(psi, self.K, self.T)
+        mu, sigma = attention_grid(psi, self.K, self.T, self.longest)
         looks, sizes = torch.cat([z, psi, mu, sigma], -1), (z.shape[-1], 3, self.K, 1)
         t = self.t[: reach(plan.A, mu, sigma)]
         A, c, steps = plan.A[..., : len(t)], plan.c, []
@@ -342,9 +349,9 @@ class StrategicAttentiveWriter(nn.Module):
             if len(replan):
                 A.index_add_(0, replan, write(patch, filters))
                 c.index_copy_(0, replan, self.commit(psi_t, xi))
-            steps.append((A[..., 0], g_t, c[:, 0]))
-        y, g, c_0 = map(torch.stack, zip(*steps))
-        return Output(y, Plan(F.pad(A, (0, self.T - len(t))), c), g, kl[g].sum(), c_0.sum())
+            steps.append((A[..., 0], g_t, c[:, self.entry]))
+        y, g, paid = map(torch.stack, zip(*steps))
+        return Output(y, Plan(F.pad(A, (0, self.T - len(t))), c), g, kl[g].sum(), paid.sum())
 
 
 def make_orthogonal(module: nn.Module, gain: float) -> None:
@@ -526,13 +533,13 @@ def policy_entropy(logits: Tensor) -> Tensor:
 
 
 def plan_costs(out: Output, args: Args) -> tuple[Tensor, dict[str, float]]:
-    """alpha KL of the steps that replan and lambda c_0 of all (eq. 3); what they were."""
+    """alpha KL of the steps that replan and lambda c_0 (or c_1) of all (eq. 3); what they were."""
     watched = {
         "losses/kl": out.kl.item() / out.g.sum().clamp(min=1).item(),  # of a replanning step
-        "losses/c_0": out.c_0.item() / out.g.numel(),
+        "losses/commitment": out.paid.item() / out.g.numel(),
         "charts/committed": 100 * (1 - out.g.float().mean().item()),  # percent of the steps
     }
-    return args.noise_cost * out.kl + args.commitment_cost * out.c_0, watched
+    return args.noise_cost * out.kl + args.commitment_cost * out.paid, watched
 
 
 def straw_loss(net: nn.Module, rollout: Rollout, args: Args) -> tuple[Tensor, dict[str, float]]:
@@ -1246,7 +1253,14 @@ def save_checkpoint(path: Path, **state) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> dict:
+class Checkpoint(dict):
+    """What save_checkpoint wrote; a part that it lacks is told in a sentence."""
+
+    def __missing__(self, part: str) -> None:
+        raise SystemExit(f"The checkpoint has no {part}: another version of this script wrote it.")
+
+
+def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> Checkpoint:
     """What save_checkpoint wrote, its parameters put into net.
 
     The flags named in shaping must be those of the run that wrote it.
@@ -1264,7 +1278,7 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> di
         raise SystemExit(
             f"{path} is missing, damaged or no checkpoint of this script with these flags ({kind})."
         ) from None
-    return checkpoint
+    return Checkpoint(checkpoint)
 
 
 def open_run_dir(args: Args, task: str, script: str) -> Path:
@@ -1319,11 +1333,11 @@ def check(args: Args) -> None:
         raise SystemExit("--resume and --evaluate stay in their folder: leave --run-dir out.")
 
 
-OF_PLANS = "replan", "plan_length", "plan_filters", "economic"
-OF_COMMITMENTS = "commitment_cost", "commitment_bias"
+OF_PLANS = "replan", "plan_length", "plan_filters", "max_extent", "economic"
+OF_COMMITMENTS = "commitment_cost", "commitment_entry", "commitment_bias"
 OF_GAMES = "num_workers", "envs_per_worker", "discount", "entropy_cost", "value_cost"
 OF_GAMES += "rmsprop_decay", "rmsprop_eps", "economic", "eval_episodes"
-OF_TEXT = "dataset", "text_file", "data_dir", "lstm_size", "batch_size"
+OF_TEXT = "dataset", "text_file", "data_dir", "lstm_size", "batch_size", "optimizer"
 
 
 def check_flags(args: Args) -> None:
@@ -1334,6 +1348,8 @@ def check_flags(args: Args) -> None:
         raise SystemExit(
             f"--plan-length must be at least 8 and at least --plan-filters, not {args.plan_length}."
         )
+    if 0 < args.max_extent < 1:
+        raise SystemExit(f"--max-extent must be 0 or at least 1, not {args.max_extent}.")
     if args.maze_reward > 0.5:
         raise SystemExit(
             f"--maze-reward must be at most 0.5, where clipping begins, not {args.maze_reward}."
@@ -1425,7 +1441,7 @@ def supervise(
     return metrics
 
 
-SHAPING = ("task", "model", "replan", "plan_length", "plan_filters", "noise_size")
+SHAPING = ("task", "model", "replan", "plan_length", "plan_filters", "max_extent", "noise_size")
 
 
 def begin(args: Args, net: nn.Module, histogram: Tensor, *shaping: str) -> tuple:
@@ -1534,16 +1550,24 @@ def evaluate_text(
     return metrics
 
 
+def make_optimizer(net: TextModel, args: Args) -> torch.optim.Optimizer:
+    """That of text."""
+    if args.optimizer == "adam":
+        return torch.optim.Adam(net.parameters(), args.learning_rate, fused=True)
+    return torch.optim.SGD(net.parameters(), args.learning_rate)
+
+
 def update_text(
-    net: TextModel, x: Tensor, y: Tensor, state: tuple, learning_rate: float, args: Args
+    net: TextModel, optimizer, x: Tensor, y: Tensor, state: tuple, learning_rate: float, args: Args
 ) -> tuple[Output, dict[str, float]]:
-    """A step of plain gradient descent on a piece of text x [N, B], followed by y."""
+    """A step on a piece of text x [N, B], followed by y."""
     out = net(x, state)
     loss, watched = text_loss(out, y, args)
     gradients, norm = gradients_of(loss, net, args.max_gradient_norm)
-    with torch.no_grad():
-        for theta, gradient in zip(net.parameters(), gradients, strict=True):
-            theta.sub_(learning_rate * gradient)
+    for theta, gradient in zip(net.parameters(), gradients, strict=True):
+        theta.grad = gradient
+    optimizer.param_groups[0]["lr"] = learning_rate
+    optimizer.step()
     return out, watched | {"losses/gradient_norm": norm, "charts/learning_rate": learning_rate}
 
 
@@ -1558,11 +1582,15 @@ def run_text(args: Args) -> dict[str, float]:
     fingerprint, text = hashlib.md5(text.encode()).hexdigest(), encode(text)
     columns = side_by_side(text[1], B)
     net, histogram = TextModel(args), torch.zeros(PERIODS, LONGEST + 1, dtype=torch.long)
-    start, run_dir, writer = begin(args, net, histogram, "lstm_size", "batch_size", "t_max")
+    shaping = ["lstm_size", "batch_size", "t_max"] + ["optimizer"] * bool(args.resume)
+    start, run_dir, writer = begin(args, net, histogram, *shaping)
     if start.get("text", fingerprint) != fingerprint:
         raise SystemExit(f"{args.resume or args.evaluate} was made with another text.")
     if args.evaluate:
         return evaluate_text(net, args, text, histogram, run_dir)
+    optimizer = make_optimizer(net, args)
+    if args.resume:
+        optimizer.load_state_dict(start["optimizer"])
     torch.set_rng_state(start.get("rng", torch.get_rng_state()))
     state = start.get("state", net.initial_state(B))
     age = start.get("age", torch.zeros(B, dtype=torch.long))
@@ -1578,7 +1606,7 @@ def run_text(args: Args) -> dict[str, float]:
             state = state if place else net.initial_state(B)
             x, y = columns[place : place + N], columns[place + 1 : place + 1 + N]
             learning_rate = args.learning_rate * (1 - step / args.total_timesteps)
-            out, watched = update_text(net, x, y, state, learning_rate, args)
+            out, watched = update_text(net, optimizer, x, y, state, learning_rate, args)
             step += N * B
             for tag, value in watched.items():
                 log.put((tag, value, step))
@@ -1597,7 +1625,7 @@ def run_text(args: Args) -> dict[str, float]:
             metrics["charts/SPS"] = (step - last_step) / (now - last_time)
             metrics["charts/minutes"] = seconds / 60  # of training alone
             progress = {"T": step, "seconds": seconds, "state": state, "age": age}
-            progress["text"] = fingerprint
+            progress |= {"text": fingerprint, "optimizer": optimizer.state_dict()}
             progress |= {"rng": torch.get_rng_state(), "histogram": histogram, "args": asdict(args)}
             save_checkpoint(run_dir / "checkpoint.pt", net=net.state_dict(), **progress)
             every = args.eval_every or math.inf
@@ -1615,7 +1643,9 @@ def run_text(args: Args) -> dict[str, float]:
 
 def with_defaults(args: Args) -> Args:
     """The task's own rate and norm, where flags do not give them."""
-    rate, norm = (1.0, 0.5) if args.task == "text" else (5e-4, 40.0)
+    rate, norm = 5e-4, 40.0
+    if args.task == "text":
+        rate, norm = 1e-3 if args.optimizer == "adam" else 1.0, 0.5
     given = args.learning_rate or rate, args.max_gradient_norm or norm
     return replace(args, learning_rate=given[0], max_gradient_norm=given[1])
 

@@ -163,7 +163,7 @@ def one_step(planner, zeta, plan: Plan, g, eps=None) -> straw.Output:
 
 
 def filters_of(psi, K: int, T: int):
-    return straw.attention_filters(*straw.attention_grid(psi, K, T), torch.arange(T).double())
+    return straw.attention_filters(*straw.attention_grid(psi, K, T, T), torch.arange(T).double())
 
 
 # ---- Equations ----------------------------------------------------------------------------------
@@ -201,10 +201,11 @@ def test_math_filters_stay_on_the_plan_however_wild_psi_is():
     assert where.argmax(-1).flatten().tolist() == [0, 49]
     wild = torch.tensor([[-90.0], [0.0], [90.0]])
     assert straw.attended_column(wild, 1, 49).flatten().tolist() == [1, 25, 49]
-    torch.testing.assert_close(straw.extent(wild, 50), torch.tensor([[0.02], [1], [50]]))
+    torch.testing.assert_close(straw.extent(wild, 50, 50), torch.tensor([[0.02], [1], [50]]))
+    torch.testing.assert_close(straw.extent(wild, 50, 3), torch.tensor([[0.02], [1], [3]]))
     for psi in ([[0.0, 999.0, 999.0]], [[9.0, 999.0, -999.0]]):  # exp would overflow
         assert filters_of(torch.tensor(psi), 10, 50).isfinite().all()
-        c = straw.commitment_plan(torch.tensor(psi), torch.tensor(0.0), torch.arange(50))
+        c = straw.commitment_plan(torch.tensor(psi), torch.tensor(0.0), torch.arange(50), 50)
         assert c.isfinite().all()
 
 
@@ -212,7 +213,7 @@ def test_math_filters_stay_on_the_plan_however_wild_psi_is():
 @pytest.mark.parametrize("sigma", [0.01, 0.7, 1.9])
 def test_math_beyond_the_reach_nothing_is_planned_or_seen(planned, sigma):
     psi = torch.tensor([[-3.0, 0.3, math.log(sigma)], [-4.0, 0.1, -1.0]])
-    A, (mu, width) = torch.zeros(2, 4, 200), straw.attention_grid(psi, 3, 200)
+    A, (mu, width) = torch.zeros(2, 4, 200), straw.attention_grid(psi, 3, 200, 200)
     A[1, 2, planned] = 1.0
     columns = straw.reach(A, mu, width)
     assert planned < columns < planned + mu.max() + 15 * sigma + 5
@@ -247,7 +248,7 @@ def test_math_what_narrow_filters_write_they_read():
 def test_math_commitment_is_a_sigmoid_of_one_gaussian_of_intensity_40():
     torch.manual_seed(0)
     psi, b, T = torch.randn(3, 3).double() / 2, torch.tensor(-1.3).double(), 25
-    c = straw.commitment_plan(psi, b, torch.arange(T))
+    c = straw.commitment_plan(psi, b, torch.arange(T), T)
     for m in range(3):
         mu = 1 + (T - 2) / (1 + math.exp(-psi[m, 0]))
         density = torch.exp(-((torch.arange(T).double() - mu) ** 2) / (2 * psi[m, 2].exp() ** 2))
@@ -259,7 +260,7 @@ def test_math_commitment_is_a_sigmoid_of_one_gaussian_of_intensity_40():
 def test_math_never_replanning_is_impossible():
     """However low the bias and however wide the Gaussian: within T steps the gate opens."""
     for psi in ([0.0, 0.0, 9.0], [-99.0, 0.0, 0.0], [99.0, 0.0, 2.0]):
-        c = straw.commitment_plan(torch.tensor([psi]), torch.tensor(-1e4), torch.arange(12))
+        c = straw.commitment_plan(torch.tensor([psi]), torch.tensor(-1e4), torch.arange(12), 12)
         chances = []
         for _ in range(11):  # until the entry written last is there
             chances.append(c[0, 1].item())
@@ -344,7 +345,7 @@ def test_math_a_step_is_algorithm_1_and_a_closed_gate_only_shifts(model):
         _, kl = planner.channel(zeta, eps)
         torch.testing.assert_close(out.kl, kl[g].sum())
     torch.testing.assert_close(out.y[0], after.A[..., 0])
-    torch.testing.assert_close(out.c_0, after.c[:, 0].sum())
+    torch.testing.assert_close(out.paid, after.c[:, 0].sum())
 
 
 def test_math_a_long_plan_in_use_only_at_its_beginning_is_the_same_plan():
@@ -372,7 +373,7 @@ def test_math_a_long_plan_in_use_only_at_its_beginning_is_the_same_plan():
 def test_gradient_with_closed_gates_there_is_none():
     planner = cell()
     out = one_step(planner, torch.zeros(2, 6).double(), random_plan(2, 4, 20), [False, False])
-    loss = out.state.A.sum() + out.state.c.sum() + out.y.sum() + out.kl + out.c_0
+    loss = out.state.A.sum() + out.state.c.sum() + out.y.sum() + out.kl + out.paid
     theta = list(planner.parameters())
     gradients = torch.autograd.grad(loss, theta, allow_unused=True) if loss.requires_grad else ()
     assert all(gradient is None or (gradient == 0).all() for gradient in gradients)
@@ -451,7 +452,7 @@ def test_math_at_first_the_patch_is_the_next_k_steps_and_a_plan_lasts_five_at_mo
     planner = StrategicAttentiveWriter(6, 4, Args(model="straw", commitment_bias=b))
     psi = planner.f_psi(torch.randn(3, 6))
     assert filters_of(psi, 10, 500).argmax(-1).tolist() == [list(range(10))] * 3
-    assert (straw.attention_grid(psi, 10, 500)[1] == 1).all()
+    assert (straw.attention_grid(psi, 10, 500, 500)[1] == 1).all()
     c = planner.commit(psi, torch.randn(3, 64))
     torch.testing.assert_close(c[:, 0], torch.full((3,), chance), atol=1e-3, rtol=0)
     assert (c[:, 5] > 0.999).all() and planner.T == 500 and straw.E == 40
@@ -618,10 +619,11 @@ def test_math_the_lstm_sees_the_action_before_and_forgets_between_episodes():
         torch.testing.assert_close(y[n], h @ net.head.weight.T + net.head.bias)
 
 
+@pytest.mark.parametrize("entry", [0, 1])
 @each_model
-def test_math_the_loss_is_a3cs_with_a_clipped_advantage_and_the_costs(model):
-    net, args = policy(model, t_max=25, entropy_cost=0.3, value_cost=0.7, discount=0.8)
-    args = dataclasses.replace(args, noise_cost=0.2, commitment_cost=0.4)
+def test_math_the_loss_is_a3cs_with_a_clipped_advantage_and_the_costs(model, entry):
+    net, args = policy(model, t_max=25, entropy_cost=0.3, value_cost=0.7, commitment_entry=entry)
+    args = dataclasses.replace(args, noise_cost=0.2, commitment_cost=0.4, discount=0.8)
     played = some_rollout(net, args)
     played = played._replace(r_t=3 * torch.randn(played.r_t.shape))
     loss, watched = straw.straw_loss(net, played, args)
@@ -637,18 +639,18 @@ def test_math_the_loss_is_a3cs_with_a_clipped_advantage_and_the_costs(model):
             pi, advantage = Categorical(logits=out.y[i, k, :-1]), R - out.y[i, k, -1].item()
             expected -= pi.log_prob(played.a_tm1[i, k]).item() * max(-1, min(1, advantage))
             expected += 0.7 * advantage**2 / 2 - 0.3 * pi.entropy().item()
-    state, kl, c_0 = played.state, 0.0, 0.0
+    state, kl, paid = played.state, 0.0, 0.0
     for n in range(N if model in ("straw", "strawe") else 0):
         step = net(straw.Seen(*(part[n : n + 1] for part in played.seen)), state)
         state = step.state
-        c_0 += state[1][:, 0].sum().item()
+        paid += state[1][:, entry].sum().item()
         if model == "strawe":
             for k in played.seen.g[n].nonzero().flatten():
                 zeta = net.features(played.seen.s[n, k][None])
                 mu, sigma = noise_of(net.straw.channel, zeta)
                 kl += kl_divergence(Normal(mu, sigma.expand_as(mu)), Normal(0.0, 1.0)).sum().item()
-    assert loss.item() == pytest.approx(expected + 0.2 * kl + 0.4 * c_0, rel=1e-3)
-    assert watched["losses/c_0"] == pytest.approx(c_0 / (3 * N), rel=1e-4)
+    assert loss.item() == pytest.approx(expected + 0.2 * kl + 0.4 * paid, rel=1e-3)
+    assert watched["losses/commitment"] == pytest.approx(paid / (3 * N), rel=1e-4)
     committed = 100 * (1 - played.seen.g.float().mean().item())
     assert watched["charts/committed"] == pytest.approx(committed)
     replans = played.seen.g.sum().item()
@@ -802,6 +804,7 @@ def test_gradient_is_scaled_down_to_the_norm_of_the_flag(task):
     if task == "text":
         args = dataclasses.replace(args, **TEXT | {"model": "strawe", "noise_cost": 0.1})
         net, (x, y) = straw.TextModel(args), torch.randint(0, 50, (2, 10, 4))
+        optimizer = straw.make_optimizer(net, args)
     theta, before = list(net.parameters()), [p.detach().clone() for p in net.parameters()]
     if task == "text":
         state = net.initial_state(4)
@@ -813,7 +816,7 @@ def test_gradient_is_scaled_down_to_the_norm_of_the_flag(task):
     gradients = torch.autograd.grad(loss, theta, allow_unused=True, materialize_grads=True)
     torch.manual_seed(1)  # the same gates and noise
     if task == "text":
-        _, watched = straw.update_text(net, x, y, state, 5.0, args)
+        _, watched = straw.update_text(net, optimizer, x, y, state, 5.0, args)
     else:
         watched = straw.update(net, optimizer, played, 5.0, args)  # a step as that of SGD
     norm = torch.cat([g.flatten() for g in gradients]).norm().item()
@@ -821,6 +824,42 @@ def test_gradient_is_scaled_down_to_the_norm_of_the_flag(task):
     assert watched["charts/learning_rate"] == 5.0
     for p, b, g in zip(theta, before, gradients):
         torch.testing.assert_close(p.detach(), b - 5e-3 * g / norm, atol=1e-6, rtol=0)
+
+
+def test_gradient_steps_of_text_are_adams_when_asked_for():
+    """The first two moments begin at 0 and are corrected for it (Kingma and Ba, algorithm 1)."""
+    args = straw.with_defaults(Args(**TEXT, optimizer="adam", max_gradient_norm=1e9))
+    assert args.learning_rate == 1e-3 and straw.with_defaults(Args(**TEXT)).learning_rate == 1.0
+    net, (x, y) = straw.TextModel(args), torch.randint(0, 50, (2, 10, 4))
+    optimizer, theta = straw.make_optimizer(net, args), list(net.parameters())
+    m, v = [0.0] * len(theta), [0.0] * len(theta)
+    for t in (1, 2):
+        before = [p.detach().clone() for p in theta]
+        torch.manual_seed(t)
+        loss, _ = straw.text_loss(net(x, net.initial_state(4)), y, args)
+        gradients = torch.autograd.grad(loss, theta, allow_unused=True, materialize_grads=True)
+        torch.manual_seed(t)  # the same gates
+        straw.update_text(net, optimizer, x, y, net.initial_state(4), 0.02 / t, args)
+        for i, (p, b, g) in enumerate(zip(theta, before, gradients)):
+            m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.999 * v[i] + 0.001 * g**2
+            step = m[i] / (1 - 0.9**t) / ((v[i] / (1 - 0.999**t)).sqrt() + 1e-8)
+            torch.testing.assert_close(p.detach(), b - 0.02 / t * step, atol=1e-5, rtol=1e-3)
+
+
+def test_math_the_longest_extent_bounds_what_is_read_written_and_committed():
+    net, args = policy("straw", max_extent=2.0)
+    planner = net.straw
+    with torch.no_grad():
+        for layer in (planner.f_psi, planner.f_c):
+            layer.weight.zero_()
+            layer.bias.copy_(torch.tensor([0.0, 9.0, 9.0]))
+    psi = planner.f_psi(torch.zeros(1, planner.f_psi.in_features))
+    mu, sigma = straw.attention_grid(psi, 4, planner.T, planner.longest)
+    assert sigma.item() == pytest.approx(2)
+    assert mu.diff().flatten().tolist() == pytest.approx([2, 2, 2])
+    c = planner.commit(psi, torch.zeros(1, 64))[0, :-1]  # 7.9: 40 times the height of a Gaussian
+    assert c.max().item() == pytest.approx(torch.sigmoid(planner.b + 7.98).item(), abs=1e-4)
+    assert StrategicAttentiveWriter(6, 4, dataclasses.replace(args, max_extent=0)).longest == 20
 
 
 @each_model
@@ -1299,7 +1338,7 @@ def test_math_text_is_learned_in_order_again_and_again_at_a_falling_rate(tmp_pat
     args = dataclasses.replace(args, learning_rate=2.0, total_timesteps=16 * 40)
     pieces, tested = [], []
 
-    def update_text(net, x, y, state, learning_rate, _):
+    def update_text(net, optimizer, x, y, state, learning_rate, _):
         out = net(x, state)
         pieces.append((x, y, state, learning_rate, out))
         return out, {"losses/piece": float(len(pieces))}
@@ -1387,8 +1426,10 @@ def test_learns_a_periodic_text(model, learning_rate, tmp_path):
         assert all(len(row["string"]) == int(row["length"]) for row in rows)
 
 
-def test_learns_on_as_if_it_had_not_been_interrupted(tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_learns_on_as_if_it_had_not_been_interrupted(optimizer, tmp_path, monkeypatch):
     args = Args(**TEXT, text_file=periodic_text(tmp_path), total_timesteps=1200, report_every=400)
+    args = dataclasses.replace(args, optimizer=optimizer, max_extent=2.0)
     main(dataclasses.replace(args, run_dir=str(tmp_path / "whole")))
     report = straw.report
 
@@ -1408,6 +1449,11 @@ def test_learns_on_as_if_it_had_not_been_interrupted(tmp_path, monkeypatch):
         assert torch.equal(whole["net"][name], halves["net"][name])
     for part in ("rng", "histogram", "age"):
         assert torch.equal(whole[part], halves[part])
+    moments = whole["optimizer"]["state"]
+    assert len(moments) == (len(whole["net"]) if optimizer == "adam" else 0)
+    other = {"optimizer": {"sgd": "adam", "adam": "sgd"}[optimizer], "total_timesteps": 1600}
+    with pytest.raises(SystemExit, match=f"with --optimizer {optimizer}, not with"):
+        main(dataclasses.replace(args, resume=str(tmp_path / "halves" / "checkpoint.pt"), **other))
     assert all(torch.equal(a, b) for a, b in zip(whole["state"], halves["state"], strict=True))
     told = []
     for folder in ("whole", "halves"):
@@ -1453,7 +1499,9 @@ def test_learns_something_in_processes_then_evaluates_and_goes_on(tmp_path, monk
         assert Image.open(tmp_path / name).size[0] > 100
     assert Image.open(tmp_path / "plan.gif").n_frames == 8
     with open(tmp_path / "metrics.csv") as file:  # of the hundredth update
-        assert {"losses/policy_loss", "losses/c_0"} <= {tag for _, tag, _ in csv.reader(file)}
+        assert {"losses/policy_loss", "losses/commitment"} <= {
+            tag for _, tag, _ in csv.reader(file)
+        }
     checkpoint = torch.load(tmp_path / "checkpoint.pt")
     assert checkpoint["histogram"][:, 1:].sum() > 100 and any(
         (g > 0).any() for g in checkpoint["g"]
@@ -1662,6 +1710,7 @@ def test_learns_a_5x5_maze(model, tmp_path):
     ("flags", "sentence"),
     [
         ({"maze_size": 8}, "--maze-size must be odd"),
+        ({"max_extent": 0.5}, "--max-extent must be 0 or at least 1, not 0.5"),
         ({"plan_length": 5}, "--plan-length must be at least 8"),
         ({"t_max": 0}, "--t-max must lie between 1"),
         ({"task": "atari", "env_id": "BrekoutNoFrameskip-v4"}, "no game.*BreakoutNoFrameskip-v4"),
@@ -1707,6 +1756,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
         ({"task": "text", "maze_reward": 0.1}, "--maze-reward has no effect with --task text"),
         ({"env_id": "Tint-v0"}, "--env-id has no effect with --task maze"),
         ({"task": "text", "discount": 0.9}, "--discount has no effect with --task text"),
+        ({"optimizer": "adam"}, "--optimizer has no effect with --task maze"),
+        ({"model": "lstm", "max_extent": 3.0}, "--max-extent has no effect with --model lstm"),
         ({"task": "atari", "lstm_size": 16}, "--lstm-size has no effect with --task atari"),
         ({"task": "text", "model": "ff", "lstm_size": 16}, "--lstm-size .* with --model ff"),
         ({"task": "text", "text_file": "a", "dataset": "ptb"}, "--dataset .* beside --text-file"),

@@ -60,10 +60,10 @@ def steps_of_text(args: straw.Args) -> Iterator[int]:
     """Learn from pieces of random text; yields their characters."""
     torch.manual_seed(args.seed)
     net = straw.TextModel(args)
-    state = net.initial_state(args.batch_size)
+    optimizer, state = straw.make_optimizer(net, args), net.initial_state(args.batch_size)
     while True:
         x = torch.randint(0, straw.SYMBOLS, (args.t_max + 1, args.batch_size))
-        out, _ = straw.update_text(net, x[:-1], x[1:], state, args.learning_rate, args)
+        out, _ = straw.update_text(net, optimizer, x[:-1], x[1:], state, args.learning_rate, args)
         state = tuple(part.detach() for part in out.state)
         yield x[1:].numel()
 
