@@ -56,10 +56,11 @@ Departures: ours (the paper's)
     Atari: rewards clipped to [-1, 1], an episode ends with a life, four screens, up to 30 no-ops
       (not told); today's action sets, sticky actions with *-v0 and ALE/*-v5 ids (none)
     text: by default Python's own help, in the Run line Shakespeare (Penn Treebank), there with Adam
-      at 1e-3 (gradient descent); learning rate 1, falling, gradient norm 0.5, 32 places in pieces of 40 characters, 256 LSTM cells (not
-      told); mean loss (sum); macro-actions of length 3 and 4 (4), read off the
-      likeliest characters; the 49 most frequent characters and one for all others (50 symbols),
-      nine tenths to learn, the rest to test (not told); noise and baselines are ours; no GPU
+      at 1e-3 (gradient descent); learning rate 1, falling, gradient norm 0.5, 32 places in pieces
+      of 40 characters, 256 LSTM cells (not told); mean loss (sum); macro-actions of length 3 and 4
+      (4), read off the likeliest characters; the 49 most frequent characters and one for all others
+      (50 symbols), nine tenths to learn, the rest to test (not told); noise and baselines are ours;
+      no GPU
 
 Symbols: A action plan, c commitment plan, column 0 of both is the present; g_t gate, 1: replan; psi
 where attention lies in time, psi_c where a commitment does; mu and sigma their centres and widths,
