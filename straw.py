@@ -15,9 +15,12 @@
     Result   -0.27 points an episode in mazes of 15x15 (seed 1; optimal -0.167) in 104 min, beside
                other runs, on one core of the same; 7.3 steps, 100 % of the goals found; the plan
                changes at 96 % of the steps; paper: a curve, no number
-    Run      python straw.py --task text --model straw --dataset tinyshakespeare
-               --total-timesteps 30000000
-    Result   not yet measured
+    Run      python straw.py --task text --model straw --dataset tinyshakespeare --optimizer adam
+               --max-extent 3 --commitment-entry 1 --commitment-cost 0.02
+               --total-timesteps 12000000
+    Result   3.04 bits a character of the rest of the text (seed 1; the LSTM beneath it alone 2.35),
+               43 % of the steps committed, in 37 min on one core of the same, another run beside
+               it; two of the 20 macro-actions of length 3 most used are frequent; paper: a drawing
     Run      python straw.py --task atari --env-id MsPacmanNoFrameskip-v4 --total-timesteps 3000000
     Result   not yet measured
 

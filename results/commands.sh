@@ -107,6 +107,11 @@ python straw.py --model ff --num-workers 1 --envs-per-worker 8 --curriculum-peri
 # straw.py: mazes of 15x15
 python straw.py --model straw --maze-size 15 --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --commitment-cost 1e-4 --commitment-bias 3 --total-timesteps 10000000 --run-dir runs/straw/maze_15/straw__seed1
 
+# straw.py: text
+python straw.py --task text --model straw --dataset tinyshakespeare --optimizer adam --max-extent 3 --commitment-entry 1 --commitment-cost 0.02 --total-timesteps 12000000 --run-dir runs/straw/text/straw-0.02__seed1
+python straw.py --task text --model straw --dataset tinyshakespeare --optimizer adam --max-extent 3 --commitment-entry 1 --commitment-cost 0.1 --total-timesteps 10000000 --run-dir runs/straw/text/straw-0.1__seed1
+python straw.py --task text --model lstm --dataset tinyshakespeare --optimizer adam --total-timesteps 12000000 --run-dir runs/straw/text/lstm__seed1
+
 # spatial_transformer_mnist.py: fully connected classifiers, then convolutional ones
 for seed in 1 2 3; do
     python spatial_transformer_mnist.py --transform none --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/R_fcn/none__seed$seed

@@ -84,6 +84,7 @@ KEPT = {  # rows of results/README.md: the runs that they are the mean of, their
     ),
     "STRAW, mazes of 11x11": ("straw/maze_11/straw__seed*.csv", RETURN),
     "STRAW, mazes of 15x15": ("straw/maze_15/straw__seed*.csv", RETURN),
+    "STRAW, text": ("straw/text/straw-0.02__seed*.csv", "eval/bits_per_character"),
     "RAM, Catch": ("recurrent_visual_attention/catch/seed*.csv", "eval/caught"),
     "DRAM, pairs": ("multi_object_attention/pairs/dram-60000__seed*.csv", "eval/error"),
     "DRAM, sums": ("multi_object_attention/addition/dram-60000__seed*.csv", "eval/error"),
