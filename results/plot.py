@@ -490,7 +490,7 @@ def draw_overview() -> Path:
     for axis in axes.flat[len(first) :]:
         axis.set_visible(False)
     figure.tight_layout()
-    figure.savefig(RESULTS / "overview.png", dpi=78)
+    figure.savefig(RESULTS / "overview.png", dpi=75)
     plt.close(figure)
     return RESULTS / "overview.png"
 
