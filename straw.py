@@ -19,8 +19,9 @@
                --max-extent 3 --commitment-entry 1 --commitment-cost 0.02
                --total-timesteps 12000000
     Result   3.04 bits a character of the rest of the text (seed 1; the LSTM beneath it alone 2.35),
-               43 % of the steps committed, in 37 min on one core of the same, another run beside
-               it; two of the 20 macro-actions of length 3 most used are frequent; paper: a drawing
+               43 % of the steps committed, in 37 min on one core of an AMD EPYC with AVX2 alone,
+               another run beside it; of the 20 macro-actions of length 3 used most, two are
+               frequent n-grams; paper: a drawing
     Run      python straw.py --task atari --env-id MsPacmanNoFrameskip-v4 --total-timesteps 3000000
     Result   not yet measured
 
@@ -125,7 +126,7 @@ class Args:
     replan: Literal["learned", "always", "random"] = "learned"  # random: commits for 0 to 4 steps
     plan_length: int = 500  # T, steps
     plan_filters: int = 10  # K, width of the patch of the plan that is read and written
-    max_extent: float = 0.0  # columns that stride and width of attention have at most; 0: T
+    max_extent: float = 0.0  # columns, at most, of attention's stride and width; 0: plan_length
     noise_size: int = 128  # dimensions of STRAWe's noisy channel
     noise_cost: float = 1e-5  # alpha, of the noisy channel's KL
     commitment_cost: float = 1e-3  # lambda; the larger, the longer the commitments
@@ -146,8 +147,8 @@ class Args:
     # Optimisation
     total_timesteps: int = 500_000_000  # of all workers together (text: characters)
     batch_size: int = 32  # text: places that are read side by side
-    optimizer: Literal["sgd", "adam"] = "sgd"  # of text
-    learning_rate: float = 0.0  # falls linearly to 0; 0: 5e-4, on text 1 (adam: 1e-3) at the start
+    optimizer: Literal["sgd", "adam"] = "sgd"  # of text (paper: sgd)
+    learning_rate: float = 0.0  # at the start; falls to 0; 0: 5e-4, on text 1 or, with adam, 1e-3
     rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # inside the root
     max_gradient_norm: float = 0.0  # a longer gradient is scaled down to this; 0: 40, on text 0.5
@@ -1564,7 +1565,7 @@ def make_optimizer(net: TextModel, args: Args) -> torch.optim.Optimizer:
 def update_text(
     net: TextModel, optimizer, x: Tensor, y: Tensor, state: tuple, learning_rate: float, args: Args
 ) -> tuple[Output, dict[str, float]]:
-    """A step on a piece of text x [N, B], followed by y."""
+    """A step of the optimizer on a piece of text x [N, B], followed by y."""
     out = net(x, state)
     loss, watched = text_loss(out, y, args)
     gradients, norm = gradients_of(loss, net, args.max_gradient_norm)
