@@ -31,16 +31,21 @@ scale, on machines that Ray has joined (ray start; run folder on a disk that all
 
 Departures: ours (the paper's, or what is known of it)
     as many bundles as there are cores, 1 shard (100 bundles, 31 machines for the parameters)
-    an update every 4 steps (every step); both sides wait for each other to keep that ratio
+    50 million steps of all actors together, in the Run lines 2 million (up to 6 days)
+    an update every 4 steps (every step): in a bundle by turns; with --replay global learners wait
+      for steps and actors, once they are 1,000 ahead, for learners
     target network every 2,500 updates (60,000), exploration falls during 62,500 (1 million): 10,000
       and 250,000 steps here; a learner that restarts takes the current parameters as its target
     a shard that dies falls back to its last own checkpoint; a gradient that it had applied but not
-      yet answered for may be applied again; a memory that dies starts empty and waits for its
-      first steps again (not told)
+      yet answered for may be applied again; one that comes from a version that was undone is
+      dropped; a memory that dies starts empty and waits for its first steps again, a learner
+      forgets what losses were usual; so they all do with --resume (not told)
+    a gradient that is not finite is dropped; the run then ends
     a learner fetches parameters right after it has sent a gradient (right before its next
       minibatch), so it sees what others send in between one minibatch later
-    actors fetch parameters every 100 steps within an episode, in a bundle with each minibatch, too
-      (every step); each shard judges by itself whether a gradient is too old (not told)
+    actors fetch parameters every 100 steps within an episode (every step), in a bundle share those
+      of the learner, also when an episode begins; each shard judges by itself whether a gradient is
+      too old (not told)
     a memory of 1 million steps shared out among the actors (1 million each), 50,000 of them before
       the first update (none)
     the Run lines: exploration falls in 100,000 steps, AdaGrad's rate is 1e-2, a target network
@@ -49,7 +54,7 @@ Departures: ours (the paper's, or what is known of it)
       (not told); outliers by the minibatch's mean clipped loss (its absolute loss), 5 deviations
       above an exponential mean, after 1,000 minibatches ("several", a running mean): where hardly
       any minibatch holds a reward, those that do are thrown away
-    TD errors clipped to [-1, 1] as in DQN 2015 (algorithm 1 writes the plain square)
+    (y - Q)^2 / 2, TD errors clipped to [-1, 1] as in DQN 2015 (algorithm 1: the plain square)
     rewards are clipped to [-1, 1], exploration is 0.05 in evaluation (not told)
     today's action sets: Pong 6 (3); sticky actions with *-v0 and ALE/*-v5 ids (none)
     ours alone, off by default: --bfloat16, --optimizer sgd
@@ -117,9 +122,9 @@ class Args:
     target_period: int = 2_500  # updates between two target networks (paper: 60,000)
     final_epsilon: float = 0.1  # exploration at the end of its fall from 1
     epsilon_updates: int = 62_500  # updates until exploration has fallen (paper: 1 M)
-    max_staleness: int = 100  # versions by which a gradient may lag behind its shard
-    outlier_deviations: float = 5.0  # above the mean loss, beyond which a minibatch is discarded
-    outlier_warm_up: int = 1_000  # minibatches of a learner before it discards any
+    max_staleness: int = 100  # versions that a gradient may lag behind its shard (paper: not told)
+    outlier_deviations: float = 5.0  # above the mean loss, to discard a minibatch (paper: several)
+    outlier_warm_up: int = 1_000  # minibatches before a learner discards any (paper: not told)
     # Optimisation
     total_timesteps: int = 50_000_000  # of all actors together; 200 M frames
     batch_size: int = 32  # steps in a minibatch
@@ -129,7 +134,7 @@ class Args:
     bfloat16: bool = False  # learns in 16 bits: two thirds of the time of a minibatch
     # The run
     report_every: int = 10_000  # steps between two reports, each with a checkpoint
-    shard_save_every: int = 1_000  # updates between a shard's checkpoints; a death undoes fewer
+    shard_save_every: int = 1_000  # updates between a shard's checkpoints; a death undoes no more
     patience: float = 120.0  # seconds without an answer before a process counts as lost for good
     ray_address: str = ""  # of a Ray cluster, host:port or auto; default: Ray on this machine alone
     object_store_mb: int = 200  # memory of Ray for what is on the wire, if it is our own Ray
@@ -168,7 +173,7 @@ class DeepQNetwork(nn.Module):
 
 
 class Minibatch(NamedTuple):
-    """B remembered steps."""
+    """B remembered steps: arrays from the memory, tensors in the learner."""
 
     s_tm1: Tensor  # [B, 84, 84, 4] screens, bytes
     a_tm1: Tensor  # [B] actions
@@ -252,11 +257,10 @@ class ParameterServerShard:
         keep_memory()
         with np.load(path) as saved:
             self.theta, self.G = saved["theta"], saved["G"]
-            self.version, self.stale, self.lost = (
-                int(saved[name]) for name in ("version", "stale", "lost")
-            )
-        self.path, self.args, count = path, args, path.with_suffix(".count")
-        self.count = np.memmap(count, np.int64, "r+" if count.exists() else "w+", shape=1)
+            names = "version", "stale", "lost"
+            self.version, self.stale, self.lost = (int(saved[name]) for name in names)
+        self.path, self.args, beside = path, args, path.with_suffix(".count")
+        self.count = np.memmap(beside, np.int64, "r+" if beside.exists() else "w+", shape=1)
         if self.count[0] > self.version:
             self.lost += int(self.count[0]) - self.version
             write_slice(path, **self.state())
@@ -304,7 +308,7 @@ class ParameterServer:
     def pull(self) -> tuple[np.ndarray, list[int]]:
         """theta and the version of each slice, as they are after our last push or later."""
         answers = self.wait(self.answers or [shard.pull() for shard in self.shards])
-        slices, versions = zip(*answers[-len(self.shards) :])
+        slices, versions = zip(*answers[-len(self.shards) :])  # before them those to a push, if any
         self.answers = []
         return np.concatenate(slices), list(versions)
 
@@ -357,7 +361,7 @@ class ReplayMemory:
         self.steps = np.zeros((num_rings, self.capacity), STEP)
         self.sizes, self.heads = np.zeros((2, num_rings), np.int64)  # a head is written next
         self.steps_per_update = args.steps_per_update
-        self.surplus = -args.learning_starts * num_rings // args.num_actors
+        self.surplus = -args.learning_starts * num_rings // args.num_actors  # no minibatch before
         self.generator = np.random.default_rng(independent_seeds(1, args.seed, 0, rank + 1))
 
     def add(self, ring: int, steps: np.ndarray) -> int:
@@ -375,8 +379,8 @@ class ReplayMemory:
             return None
         self.surplus -= self.steps_per_update
         ring, i = self.draw(batch_size)
-        while not (usable := self.usable(ring, i)).all():
-            ring[~usable], i[~usable] = self.draw((~usable).sum())
+        while not (good := self.usable(ring, i)).all():
+            ring[~good], i[~good] = self.draw((~good).sum())
 
         a_tm1, r_t, terminated, age = (
             self.steps[name][ring, i] for name in ("a_tm1", "r_t", "terminated", "age")
@@ -390,10 +394,10 @@ class ReplayMemory:
 
     def draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Rings and places in them of any records."""
-        ends = self.sizes.cumsum()
-        n = self.generator.integers(ends[-1], size=count)
-        ring = ends.searchsorted(n, side="right")
-        return ring, n - (ends - self.sizes)[ring]
+        totals = self.sizes.cumsum()
+        n = self.generator.integers(totals[-1], size=count)
+        ring = totals.searchsorted(n, side="right")
+        return ring, n - (totals - self.sizes)[ring]
 
     def usable(self, ring: np.ndarray, i: np.ndarray) -> np.ndarray:
         """Whether records are steps whose screens, before and after, are all still there."""
@@ -409,8 +413,10 @@ class ReplayMemory:
         return screens.transpose(0, 2, 3, 1)
 
 
-ROUND = 100  # steps of an actor between two reports; of a learner, those it may learn from
-AHEAD = 1_000  # steps without their minibatches at which actors wait for the learners
+ROUND = (
+    100  # steps of an actor between two reports; a learner makes the minibatches that go with it
+)
+AHEAD = 1_000  # more steps than go with the minibatches made: actors wait for the learners
 PAUSE = 0.01  # seconds of a wait
 
 
@@ -456,20 +462,21 @@ class Actor:
         write_parameters(theta, self.net)
         final, fall = self.args.final_epsilon, self.args.epsilon_updates
         self.epsilon = exploration_rate(min(self.versions), final, fall)
-        self.steps_since = 0
+        self.steps_since_pull = 0
 
     def play(self, steps: int) -> None:
         """The acting half of algorithm 1."""
         records = []
         for _ in range(steps):
-            if self.age == 0 or self.steps_since >= self.args.pull_every:
+            if self.age == 0 or self.steps_since_pull >= self.args.pull_every:
                 self.pull()
             with torch.no_grad():
                 q = self.net(torch.from_numpy(self.s)[None])
             a = epsilon_greedy(q, self.epsilon, self.generator).item()
             s_t, r_t, terminated, truncated, info = self.env.step(a)
             records.append((self.s[..., -1], self.age, a, r_t, terminated))
-            self.s, self.age, self.steps_since = s_t, self.age + 1, self.steps_since + 1
+            self.s, self.age = s_t, self.age + 1
+            self.steps_since_pull += 1
 
             if truncated and not terminated:
                 records.append((s_t[..., -1], self.age, -1, 0.0, False))
@@ -485,8 +492,8 @@ class Actor:
         """A round, or a pause if the learners are far behind."""
         if self.surplus > AHEAD:
             time.sleep(PAUSE)
-        self.play(0 if self.surplus > AHEAD else ROUND)
-        return tell(self)
+        self.play(0 if self.surplus > AHEAD else ROUND)  # 0: only asks how far the learners are
+        return report_round(self)
 
 
 class Learner:
@@ -506,7 +513,7 @@ class Learner:
         self.args, self.server, self.replay, self.wait = args, server, replay, wait
         self.net = net or DeepQNetwork(num_actions)
         self.target_net = DeepQNetwork(num_actions)
-        self.target_number = -1  # how many periods had passed when it was copied
+        self.target_periods = -1  # that had passed when it was copied
         self.statistics = LossStatistics(args.outlier_deviations, args.outlier_warm_up)
         self.counts, self.log = Counter(), []
         self.pull()
@@ -515,10 +522,10 @@ class Learner:
         """Fetch the parameters, with every period those of the target network (section 4.1)."""
         theta, self.versions = self.server.pull()
         write_parameters(theta, self.net)
-        number = min(self.versions) // self.args.target_period
-        if number > self.target_number:  # it may be smaller: a shard has died
+        periods = min(self.versions) // self.args.target_period
+        if periods > self.target_periods:  # they may be fewer: a shard has died
             write_parameters(theta, self.target_net)
-            self.target_number = number
+            self.target_periods = periods
 
     def learn(self) -> bool:
         """The learning half of algorithm 1; False if there is no minibatch yet."""
@@ -543,24 +550,24 @@ class Learner:
             self.server.push(gradient, self.versions)
         times.append(time.perf_counter())
 
-        pulling, computing, pushing = np.diff(times)
+        pulling, _, pushing = np.diff(times)
         self.counts.update(minibatches=1, outliers=int(outlier))
         self.log += [
-            ("losses/td_loss", loss.item()),  # (y - Q)^2 / 2, clipped
+            ("losses/td_loss", loss.item()),  # (y - Q)^2 / 2, linear from an error of 1 on
             ("losses/q_values", q.mean().item()),
             ("losses/gradient_norm", float(np.linalg.norm(gradient))),
-            ("charts/learner_ms", 1000 * (pulling + computing + pushing)),
+            ("charts/learner_ms", 1000 * (times[-1] - times[0])),
             ("charts/server_ms", 1000 * (pulling + pushing)),  # of these, with the server
         ]
         return True
 
     def work(self) -> Round:
         """A round, or a pause if the actors are behind."""
-        for _ in range(max(1, ROUND // self.args.steps_per_update)):
+        for _ in range(ROUND // self.args.steps_per_update):
             if not self.learn():
                 time.sleep(PAUSE)
                 break
-        return tell(self)
+        return report_round(self)
 
 
 class Bundle:
@@ -573,13 +580,13 @@ class Bundle:
         self.args = args
 
     def work(self) -> Round:
-        for _ in range(max(1, ROUND // self.args.steps_per_update)):
+        for _ in range(ROUND // self.args.steps_per_update):
             self.actor.play(self.args.steps_per_update)
             self.learner.learn()
-        return tell(self.actor, self.learner)
+        return report_round(self.actor, self.learner)
 
 
-def tell(*workers: Actor | Learner) -> Round:
+def report_round(*workers: Actor | Learner) -> Round:
     """The report of workers of one process, which begin to count and to log anew."""
     counts, log = Counter(), []
     for worker in workers:
@@ -760,7 +767,7 @@ class Remote:
 
 
 def wait_for(answers: Any, patience: float) -> Any:
-    """What calls of Remote's methods return.
+    """Wait for the answers to calls of Remote's methods, and return them.
 
     A process that dies by itself or with its machine is started anew by Ray, with the arguments it
     had, and asked again. An exception that it raises is raised here, and so is a TimeoutError when
@@ -822,9 +829,10 @@ class Gorila:
                 self.log.put((tag, value, self.counts["steps"]))
             if go_on:
                 self.begin_round(name)
+        limit = 2 * self.args.patience  # a round waits for more than one answer
         for name, since in self.rounds.values():
-            if time.monotonic() - since > 2 * self.args.patience:
-                raise TimeoutError(f"no report of {name} in {2 * self.args.patience:g} seconds")
+            if time.monotonic() - since > limit:
+                raise TimeoutError(f"no report of {name} in {limit:g} seconds")
 
     def recognise(self, name: str, pid: int) -> bool:
         """Whether a component is another process than it was, which is said and counted."""
@@ -1076,7 +1084,7 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
                 "charts/version_skew": max(versions) - updates,
                 "charts/minutes": seconds / 60,  # with the evaluations before this report
             }
-            for event in ("stale", "outliers", "restarts", "lost_updates"):
+            for event in ("minibatches", "stale", "outliers", "restarts", "lost_updates"):
                 metrics[f"charts/{event}"] = gorila.counts[event]
             metrics["charts/learning_rate"] = args.learning_rate
             if args.optimizer == "adagrad":  # G only grows: this is what is left of the rate
@@ -1091,7 +1099,7 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
             report(writer, step, metrics)
     except KeyboardInterrupt:
         if gorila:
-            with suppress(TimeoutError):  # then the last checkpoint has to do
+            with suppress(TimeoutError, ActorDiedError):  # then the last checkpoint has to do
                 save(seconds + time.perf_counter() - last_time)
         raise stopped(run_dir, finished) from None
     except TimeoutError as error:
@@ -1129,8 +1137,6 @@ def run(args: Args) -> dict[str, float]:
     start["G"] = torch.full((size,), args.adagrad_start)
     if args.resume:
         start = load_checkpoint(Path(args.resume), args, net, "env_id")
-        if not {"counts", "versions", "G", "seconds"} <= start.keys():
-            raise SystemExit(f"{args.resume} is another script's checkpoint, without counters.")
         step = start["counts"]["steps"]
         if step >= args.total_timesteps:
             raise SystemExit(f"{args.resume} is at step {step}: raise --total-timesteps.")

@@ -33,12 +33,12 @@ Departures: ours (the paper's)
       two games 20 (500; of ten games 34,000 hours of play); DQNs of 1 million steps, Multi-DQN of 2
       (50 million), whose exploration falls to 0.01 in a tenth of them (0.1 in 1 million), which
       learn after 10,000 (50,000) and renew their target every 1,000, with Adam at 1e-4, in 16 bits
-    30 games of an evaluation (100), begun with no-ops (human starts): scores compare with those of
-      your teacher alone
+    30 games of an evaluation (100), begun with no-ops (human starts): compare the student's scores
+      with its teacher's here, not with the paper's
     losses are means over minibatches of 32 (sums over the data; minibatches not told)
-    RMSProp centred, rate 2.5e-4, epsilon 2.5e-4 / 0.08 outside the root. DQN 2015: 0.01 inside it.
-      The paper's students: a variant with rates 1e-4 to 1e-3 and "maximum learning rates" 1e-3 to
-      1e-1, which we take to be the rate divided by epsilon
+    RMSProp centred, rate 2.5e-4, epsilon 2.5e-4 / 0.08 added to the root (DQN 2015: 0.01 inside it;
+      the paper's students: a variant with rates 1e-4 to 1e-3 and "maximum learning rates" 1e-3 to
+      1e-1, which we take to be the rate divided by epsilon)
     several games share the hour of a round equally; each is played by 8 games a process side by
       side, which go on in the next round (teachers take turns, by episodes)
     a minibatch comes from a game drawn at random, as in appendix A (section 3.3: in turns)
@@ -47,18 +47,20 @@ Departures: ours (the paper's)
     a lost life ends an episode of the DQN's training (not told)
     --online: the DQN, play and the student take turns by rounds (all at once); a high score is the
       mean of eval_episodes games after a round, with other seeds than those that compare teacher
-      and student (not told); the network that had it is the teacher
+      and student (not told)
     Multi-DQN: its games and their updates take turns ("evenly interleaved"); exploration, updates
       and target count the steps of all games together, the memory and learning_starts those of
       each game (not told)
     ours alone, off by default: --bfloat16, --optimizer adam (as in later public baselines of DQN)
-    the DQN's target network follows every 10,000 steps (DQN 2015: updates, of four steps each); it
-      does not learn from steps that run into the time limit (not told)
+    the DQN's target network follows every 10,000 steps (DQN 2015: updates, of four steps each); its
+      exploration falls from the first step on (from the first update); it does not learn from steps
+      that run into the time limit (not told)
+    --student auto: multi3 for several games, be they ten (multi10)
 
 Symbols: q teacher's Q-values; tau temperature; S student's outputs, logits of its policy; a_tm1
 taken in s_tm1 gives r_t and s_t; y target of Q; theta^- the target network; g a game.
-Shapes: B screens, A actions of a game, K games side by side. A step is one decision of the agent,
-4 frames of the emulator; an hour of play is 54,000 steps.
+Shapes: B stacks of four screens, A actions of a game, K games side by side. A step is one decision
+of the agent, 4 frames of the emulator; an hour of play is 54,000 steps.
 """
 
 import copy
@@ -380,7 +382,7 @@ class ScreenMemory:
         age = self.ages[lane, t % self.slots].long()
         back = torch.minimum(torch.tensor([3, 2, 1, 0]), age[:, None])  # [B, 4]
         slot = lane[:, None] * self.slots + (t[:, None] - back) % self.slots
-        screens = self.screens.flatten(0, 1).index_select(0, slot.flatten())  # screen by screen
+        screens = self.screens.flatten(0, 1).index_select(0, slot.flatten())  # fast: whole screens
         return screens.unflatten(0, slot.shape).permute(0, 2, 3, 1)
 
     def values_at(self, lane: Tensor, t: Tensor) -> Tensor:
@@ -469,7 +471,8 @@ def make_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
     if args.optimizer == "adam":
         return torch.optim.Adam(net.parameters(), args.learning_rate, fused=True)
     eps = args.learning_rate / args.max_learning_rate  # so that rate / (deviation + eps) < maximum
-    return torch.optim.RMSprop(net.parameters(), args.learning_rate, 0.95, eps, centered=True)
+    rmsprop = partial(torch.optim.RMSprop, alpha=0.95, eps=eps, centered=True)
+    return rmsprop(net.parameters(), args.learning_rate)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -526,11 +529,11 @@ class DeepQLearner:
     def loss(self, g: int) -> tuple[Tensor, Tensor]:
         """Of a minibatch of game g; and its Q-values."""
         memory = self.memories[g]
-        lane, t = memory.sample(self.args.batch_size, self.steps // len(self.games) - 1)
+        lane, tm1 = memory.sample(self.args.batch_size, self.steps // len(self.games) - 1)
         with torch.no_grad():
-            q_t = self.target_net(memory.stacks(lane, t + 1), g, self.args.bfloat16)
-        q_tm1 = self.net(memory.stacks(lane, t), g, self.args.bfloat16)
-        a_tm1, r_t, terminated, truncated = memory.values_at(lane, t).to(q_t.device).unbind(-1)
+            q_t = self.target_net(memory.stacks(lane, tm1 + 1), g, self.args.bfloat16)
+        q_tm1 = self.net(memory.stacks(lane, tm1), g, self.args.bfloat16)
+        a_tm1, r_t, terminated, truncated = memory.values_at(lane, tm1).to(q_t.device).unbind(-1)
         y = dqn_targets(r_t, terminated, q_t, self.args.discount)
         return td_loss(q_tm1, a_tm1.long(), y, 1 - truncated), q_tm1
 
@@ -543,14 +546,14 @@ class DeepQLearner:
             info = self.act(g, epsilon)
             self.steps += 1
             if "episode" in info:
-                for tag, key in (("episodic_return", "r"), ("episodic_length", "l")):  # frames
-                    tag = named(f"charts/{tag}", args.env_ids[g], args)
+                for name, key in (("episodic_return", "r"), ("episodic_length", "l")):  # frames
+                    tag = named(f"charts/{name}", args.env_ids[g], args)
                     watched[tag].append(float(info["episode"][key]))
             if self.steps % args.steps_per_update == 0 and self.steps // n > args.learning_starts:
                 loss, q = self.loss(self.steps // args.steps_per_update % n)
                 refuse_infinity(loss.item(), f"of the DQN at step {self.steps}")
                 update(self.optimizer, loss)
-                watched["losses/td_loss"].append(loss.item())  # (y - Q)^2 / 2, clipped
+                watched["losses/td_loss"].append(loss.item())  # Huber
                 watched["losses/q_values"].append(q.mean().item())
             if self.steps % args.target_period == 0:
                 self.target_net.load_state_dict(self.net.state_dict())
@@ -610,10 +613,10 @@ def collector(
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which would outlive the process
     main_process, K, steps = mp.parent_process(), args.envs_per_collector, lane_steps(args)
     memories = student_memories(args, folder, [teacher.num_actions[0] for teacher in teachers])
-    begun = [[(seed, []) for seed in independent_seeds(K, args.seed, 1 + rank)]] * len(memories)
+    new = [[(seed, []) for seed in independent_seeds(K, args.seed, 1 + rank)]] * len(memories)
     kinds = [
         [Game(env_id, False, *state) for state in of_kind]
-        for env_id, of_kind in zip(args.env_ids, states[rank] if states else begun, strict=True)
+        for env_id, of_kind in zip(args.env_ids, states[rank] if states else new, strict=True)
     ]
     while main_process.is_alive():
         if rounds == wanted.value:
@@ -633,7 +636,7 @@ def collector(
 def collectors_at_work(args: Args, *others) -> Iterator[mp.ProcessContext]:
     """Processes that wait for rounds to play; whatever happens, none is left."""
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the collectors inherit that
-    collectors = mp.spawn(collector, (args, *others), args.num_collectors, False, daemon=True)
+    collectors = mp.spawn(collector, (args, *others), args.num_collectors, join=False, daemon=True)
     try:
         signal.signal(signal.SIGINT, on_ctrl_c)
         yield collectors
@@ -655,7 +658,7 @@ def collect(
             rank, of_rank, returns = log.get()
             states[rank] = of_rank
             for env_id, scores in zip(args.env_ids, returns, strict=True):
-                watched[named("charts/episodic_return", env_id, args)] += scores
+                watched[named("charts/teacher_return", env_id, args)] += scores
     metrics = {tag: float(np.mean(scores)) for tag, scores in watched.items() if scores}
     lanes = args.num_collectors * args.envs_per_collector * len(args.env_ids)
     metrics["charts/SPS"] = lanes * lane_steps(args) / (time.perf_counter() - start)
@@ -847,20 +850,24 @@ def check_flags(args: Args) -> None:
             flag = given[0].replace("_", "-")
             raise SystemExit(f"--{flag} has no effect {where}: leave it out.")
 
-    lanes = args.num_collectors * args.envs_per_collector
-    unclear = distils and bool(args.teachers) == args.online
-    unfit = distils and n > 0 and not 0 < lane_steps(args) <= args.memory_steps // lanes
+    lanes, tau = n * args.num_collectors * args.envs_per_collector, args.temperature
     rates, repeats = (args.learning_rate, args.max_learning_rate), len(set(args.env_ids)) < n
+    played = lane_steps(args) if distils and n > 0 else 1
     refused = {
         "--env-ids needs at least one game.": n == 0,
         "A student needs --teachers a.pt b.pt, checkpoints of --stage teacher or of gorila_dqn.py, "
-        "or one that learns beside it, --online; one of the two.": unclear,
+        "or one that learns beside it, --online; one of the two. A DQN needs --stage teacher.": (
+            distils and bool(args.teachers) == args.online
+        ),
         "--online distils a single game: pass one of --env-ids.": args.online and n > 1,
         f"--env-ids must name each game once, not {', '.join(args.env_ids)}.": repeats,
-        "--temperature must be above 0; its limit at 0 is --loss nll.": args.temperature == 0,
+        "--temperature must be above 0; its limit at 0 is --loss nll.": np.float32(tau) == 0,
         "--learning-rate and --max-learning-rate must be above 0.": 0 in rates,
-        f"--round-steps {args.round_steps} must give each of {lanes} games side by side a step of "
-        f"each kind of game, and no more than fits into --memory-steps {args.memory_steps}.": unfit,
+        f"--round-steps {args.round_steps} must give each of {lanes} games side by side a step.": (
+            played == 0
+        ),
+        f"--round-steps {args.round_steps}, shared out among {n} games, must fit into the "
+        f"--memory-steps {args.memory_steps} of each.": played * lanes > n * args.memory_steps,
     }
     for sentence, holds in refused.items():
         if holds:
@@ -984,7 +991,7 @@ def make_network(args: Args, num_actions: list[int]) -> GameNetwork:
 def train_teacher(
     net: GameNetwork, args: Args, folder: Path, checkpoint: dict
 ) -> Iterator[tuple[int, bool, dict[str, float], dict]]:
-    """Stage teacher: DQN or Multi-DQN; step, is evaluation due, metrics, state of each report."""
+    """DQN or Multi-DQN; yields the step, whether to evaluate, metrics and state of each report."""
     learner = DeepQLearner(net, args, folder)
     if checkpoint:
         learner.load_state_dict(checkpoint)
@@ -1001,10 +1008,10 @@ def train_teacher(
 def distill(
     net: GameNetwork, teachers: nn.ModuleList, args: Args, folder: Path, checkpoint: dict
 ) -> Iterator[tuple[int, bool, dict[str, float], dict]]:
-    """Stage distill; update, is evaluation due, metrics, state after each half of a round.
+    """Teachers to student; yields the update, whether to evaluate, metrics and state of each half.
 
-    The first half is play by the teachers (before it, play and learning of an online one), the
-    second are updates of the student.
+    The first half of a round is play by the teachers (before it, play and learning of an online
+    one), the second are updates of the student.
     """
     optimizer = make_optimizer(net, args)
     memories = student_memories(args, folder, net.num_actions)
@@ -1012,7 +1019,7 @@ def distill(
     if args.online:
         learning = copy.deepcopy(teachers[0]).to(choose_device(args.device))
         parts["learner"] = DeepQLearner(learning, args, folder)
-    halves, games = checkpoint.get("halves", 0), checkpoint.get("games")  # halves that are over
+    halves, games = checkpoint.get("halves", 0), checkpoint.get("games")  # over; as they stand
     for name, part in parts.items():
         if checkpoint:
             part.load_state_dict(checkpoint[name])

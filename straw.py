@@ -6,15 +6,17 @@
     Run      python straw.py --model straw --num-workers 1 --envs-per-worker 8
                --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95
                --commitment-cost 5e-4 --total-timesteps 10000000
-    Result   -0.25 points an episode in mazes of 11x11 (seed 1; optimal -0.165) in 72 min, beside
-               another run, on one core of an AMD EPYC; 6.6 steps for 5.3; the plan changes at 64 %
-               of the steps, on ways to anywhere 67 % in turns, 58 % in corridors; paper: a map
+    Result   -0.25 points an episode in mazes of 11x11 (seed 1; optimal -0.165), goals at the end of
+               walks of 52 steps, in 72 min, beside another run, on one core of an AMD EPYC; 6.6
+               steps where 5.3 are needed; the plan changes at 64 % of the steps, first ones
+               included; of the others, with goals anywhere, at 67 % of those in turns and 58 % in
+               corridors; paper: a map of one maze
     Run      python straw.py --model straw --maze-size 15 --num-workers 1 --envs-per-worker 8
                --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95
                --commitment-cost 1e-4 --commitment-bias 3 --total-timesteps 10000000
-    Result   -0.27 points an episode in mazes of 15x15 (seed 1; optimal -0.167) in 104 min, beside
-               other runs, on one core of the same; 7.3 steps, 100 % of the goals found; the plan
-               changes at 96 % of the steps; paper: a curve, no number
+    Result   -0.27 points an episode in mazes of 15x15 (seed 1; optimal -0.167), goals as above, in
+               104 min, beside other runs, on one core of the same; 7.3 steps, 100 % of the goals
+               found; the plan changes at 96 % of the steps; paper: a curve, no number
     Run      python straw.py --task text --model straw --dataset tinyshakespeare --optimizer adam
                --max-extent 3 --commitment-entry 1 --commitment-cost 0.02
                --total-timesteps 12000000
@@ -29,17 +31,18 @@ Departures: ours (the paper's)
     lambda 1e-3, alpha 1e-5, entropy cost 1e-3, learning rate 5e-4 (drawn at random, 200 runs each);
       discount 0.99, RMSProp's decay 0.99 and epsilon 0.1, gradient norm 40, value cost 0.5 (not
       told)
-    the Run lines of mazes: learning rate 1e-3, RMSProp's epsilon 1e-4, discount 0.95, lambda 5e-4,
-      in 15x15 1e-4, 8 games of one worker, 10 million steps (200 million); goals move away every
-      200,000 steps, in mazes of 11x11, too (2 million; there goals anywhere). That of Atari: 3
-      million steps of one agent (500 million, the best five of many)
+    the Run lines of mazes: STRAW (STRAWe), learning rate 1e-3, RMSProp's epsilon 1e-4, discount
+      0.95, lambda 5e-4, in 15x15 1e-4, 8 games of one worker, 10 million steps (200 million); goals
+      move away every 200,000 steps, in mazes of 11x11, too (2 million; there goals anywhere). That
+      of Atari: 3 million steps of one agent (500 million, the best five of many). That of text:
+      lambda 0.02 (1e-6 to 1e-2), 12 million characters (not told)
     layers of the features begin orthogonal (not told); without, learning begins later
     tanh in the planner's perceptron (not told; with ReLU plans can grow exponentially)
     at first A is 0 and c 1, the patch lies over the next K steps and a plan lasts 5 at most (not
-      told); the grid's position is a sigmoid times the plan's length, from column 1 on for c, so it
-      cannot leave it (DRAW: linear); its stride is exp(psi) columns (DRAW: (T - 1) / (K - 1)
-      exp(psi)), psi_c's is not used; stride and width stay between 1 / T and T columns, in the Run
-      line of text 3 (not told)
+      told); the grid's centre is a sigmoid times the plan's length, from column 1 on for c, so it
+      cannot leave it (DRAW: linear); a filter whose own centre does lies at the border; the stride
+      is exp(psi) columns (DRAW: (T - 1) / (K - 1) exp(psi)), psi_c's is not used; stride and width
+      stay between 1 / T and T columns, in the Run line of text 3 (not told)
     STRAWe's noise begins with a sigma of about exp(-2) (not told)
     lambda is paid for c_0 after the shift: of a committed step the chance that it was drawn with,
       of one that replans an entry that no gate is drawn from; in the Run line of text for c_1, the
@@ -47,16 +50,17 @@ Departures: ours (the paper's)
     the last entry of a written commitment plan is 1, so that at the end of a plan there is another,
       whatever b (not told); b starts at 0 or at --commitment-bias (not told)
     z = mu + sigma eps (whether sigma is the deviation or its square is not told)
-    the map of replans and their rates leave out first steps, which always plan; dead ends count
-      neither as turns nor as corridors (not told)
+    the map of replans leaves out first steps, which always plan (not told); their rates, over ten
+      mazes, are ours; dead ends count neither as turns nor as corridors
     gate and noise are drawn in evaluation, too (not told); an advantage is clipped in the policy's
       gradient, not in the value's (not told)
     processes, as many as there are cores (32 threads), each with K games (1), an update sums the
       gradients of their rollouts. With K > 1 these run on past the ends of games (end there)
     the state that a rollout ends in is valued with a gate and noise drawn for that alone; the step
       from there, in the next rollout, draws its own (not told)
-    mazes: 0.05 for r, perfect mazes with a tenth of the inner walls opened, 16 filters, 128 units
-      (not told); after 100 steps an episode is cut off, its return goes on as V (not told)
+    mazes: 0.05 for r, perfect mazes with a tenth of the inner walls opened, 16 filters, 128 units;
+      a walk that ends where it began goes on as long again (not told); after 100 steps an episode
+      is cut off, its return goes on as V (not told)
     Atari: rewards clipped to [-1, 1], an episode ends with a life, four screens, up to 30 no-ops
       (not told); today's action sets, sticky actions with *-v0 and ALE/*-v5 ids (none)
     text: by default Python's own help, in the Run line Shakespeare (Penn Treebank), there with Adam
@@ -73,8 +77,8 @@ layer; z_t what is planned from, zeta_t features; e and b of a commitment; a_tm1
 gives r_t and s_t; R n-step return; V value; pi policy. Algorithms S1 and S2, section 4 and
 RMSProp's eq. 1 are those of A3C (Mnih et al. 2016), the others this paper's.
 Shapes: N steps of B sequences side by side, M of which replan; R rows of a plan (RL: one an action
-and one for V), T columns (in the workers T is the steps that all have taken), K filters. In RL,
-N <= t_max steps of K games; a maze has S x S cells.
+and one for V), T columns, K filters. In RL, N <= t_max steps of K games; a maze has S x S cells.
+As in A3C, T is also the steps that all workers have taken, g RMSProp's average and R the return.
 """
 
 import copy
@@ -131,7 +135,7 @@ class Args:
     noise_cost: float = 1e-5  # alpha, of the noisy channel's KL
     commitment_cost: float = 1e-3  # lambda; the larger, the longer the commitments
     commitment_entry: Literal[0, 1] = 0  # of c, that lambda is paid for; 1: the next gate's chance
-    commitment_bias: float = 0.0  # b at the start; the larger, the more often plans change at first
+    commitment_bias: float = 0.0  # b at the start, not below 0; the larger, the more plans at first
     economic: bool = True  # while committed, the feature network is skipped (games)
     maze_size: int = 11  # cells along a side, outer walls included; odd
     maze_reward: float = 0.05  # r: -r a step, -2 r against a wall, r at the goal
@@ -148,7 +152,7 @@ class Args:
     total_timesteps: int = 500_000_000  # of all workers together (text: characters)
     batch_size: int = 32  # text: places that are read side by side
     optimizer: Literal["sgd", "adam"] = "sgd"  # of text (paper: sgd)
-    learning_rate: float = 0.0  # at the start; falls to 0; 0: 5e-4, on text 1 or, with adam, 1e-3
+    learning_rate: float = 0.0  # at the start; falls to 0; 0: 5e-4, of text 1, with adam 1e-3
     rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # inside the root
     max_gradient_norm: float = 0.0  # a longer gradient is scaled down to this; 0: 40, on text 0.5
@@ -178,14 +182,14 @@ def attended_column(psi: Tensor, first: int, last: int) -> Tensor:
     return first + (last - first) * psi.sigmoid()
 
 
-def extent(psi: Tensor, T: int, longest: float) -> Tensor:
-    """A stride or a width: exp(psi) columns, from 1 / T to the longest, so nothing overflows."""
-    return psi.clamp(-math.log(T), math.log(longest)).exp()
+def extent(psi: Tensor, T: int, max_extent: float) -> Tensor:
+    """A stride or a width: exp(psi) columns, 1 / T to max_extent, so that nothing overflows."""
+    return psi.clamp(-math.log(T), math.log(max_extent)).exp()
 
 
-def attention_grid(psi: Tensor, K: int, T: int, longest: float) -> tuple[Tensor, Tensor]:
+def attention_grid(psi: Tensor, K: int, T: int, max_extent: float) -> tuple[Tensor, Tensor]:
     """Centres mu [..., K] and width sigma [..., 1] of K Gaussians, from psi [..., 3]."""
-    stride, sigma = extent(psi[..., 1:], T, longest).split(1, -1)
+    stride, sigma = extent(psi[..., 1:], T, max_extent).split(1, -1)
     k = torch.arange(K) - (K - 1) / 2
     return attended_column(psi[..., :1], 0, T - 1) + k * stride, sigma
 
@@ -208,14 +212,14 @@ def write(patch: Tensor, filters: Tensor) -> Tensor:
 E = 40.0  # e, what a commitment plan is written with
 
 
-def commitment_plan(psi_c: Tensor, b: Tensor, t: Tensor, longest: float) -> Tensor:
+def commitment_plan(psi_c: Tensor, b: Tensor, t: Tensor, max_extent: float) -> Tensor:
     """c [M, T] = sigmoid(b + write(e, psi_c)), chances of replanning (algorithm 1).
 
     One Gaussian makes it almost certain where it lies, b is the chance before that. At the last
     column it is certain, so that no plan is the last.
     """
     T = len(t)
-    mu, sigma = attended_column(psi_c[:, :1], 1, T - 1), extent(psi_c[:, 2:], T, longest)
+    mu, sigma = attended_column(psi_c[:, :1], 1, T - 1), extent(psi_c[:, 2:], T, max_extent)
     c = (b + E * attention_filters(mu, sigma, t)[:, 0]).sigmoid()
     return torch.where(t < T - 1, c, 1.0)
 
@@ -260,7 +264,7 @@ class Plan(NamedTuple):
     """What STRAW remembers from step to step."""
 
     A: Tensor  # [B, R, T] outputs: now in column 0, in k steps in column k
-    c: Tensor  # [B, T] chances of replanning k steps after the last one; now draws from entry 1
+    c: Tensor  # [B, T] chances of replanning, too; the next step's gate is drawn from column 1
 
 
 class Output(NamedTuple):
@@ -274,7 +278,7 @@ class Output(NamedTuple):
 
 
 def reach(A: Tensor, mu: Tensor, sigma: Tensor) -> int:
-    """Columns in use: after them plans are empty, and filters 0 (float32 is, 15 sigma away)."""
+    """How many columns are needed: after them A is empty and filters underflow (15 sigma away)."""
     used = A.any(0).any(0).nonzero()
     farthest = max(used[-1].item() if len(used) else 0, (mu[..., -1:] + 15 * sigma).max().item())
     return int(min(A.shape[-1], farthest + 3))
@@ -294,7 +298,8 @@ class StrategicAttentiveWriter(nn.Module):
     def __init__(self, num_features: int, num_rows: int, args: Args):
         super().__init__()
         self.R, self.K, self.T = num_rows, args.plan_filters, args.plan_length
-        self.longest, self.entry = args.max_extent or args.plan_length, args.commitment_entry
+        self.max_extent = args.max_extent or args.plan_length
+        self.entry = args.commitment_entry
         self.noise_size, width, self.channel = 0, num_features, None
         if args.model == "strawe":
             self.noise_size = width = args.noise_size
@@ -320,7 +325,7 @@ class StrategicAttentiveWriter(nn.Module):
             c = F.pad(self.b.new_tensor(self.fixed_c), (0, self.T - len(self.fixed_c)))
             return c.expand(len(psi), -1)
         psi_c = self.f_c(torch.cat([psi, xi], 1).detach())
-        return commitment_plan(psi_c, self.b, self.t, self.longest)
+        return commitment_plan(psi_c, self.b, self.t, self.max_extent)
 
     def forward(
         self, zeta: Tensor, eps: Tensor, fresh: Tensor, plan: Plan, g: Tensor | None = None
@@ -332,7 +337,8 @@ class StrategicAttentiveWriter(nn.Module):
         N, B = fresh.shape
         z, kl = self.channel(zeta, eps) if self.channel else (zeta, zeta.new_zeros(N, B))
         psi = self.f_psi(z)
-        mu, sigma = attention_grid(psi, self.K, self.T, self.longest)
+        mu, sigma = attention_grid(psi, self.K, self.T, self.max_extent)
+        # side by side, so that one call picks those that replan
         looks, sizes = torch.cat([z, psi, mu, sigma], -1), (z.shape[-1], 3, self.K, 1)
         t = self.t[: reach(plan.A, mu, sigma)]
         A, c, steps = plan.A[..., : len(t)], plan.c, []
@@ -624,7 +630,8 @@ def count_commitments(
     """Add to histogram [PERIODS, LONGEST + 1] the macro-actions that end in gates g [N, B].
 
     Those that an episode's end has cut, before fresh [N, B], do not count. Returns age [B], steps
-    since replanning, as it is afterwards; before the first plan it is 0.
+    since replanning, as it is afterwards; before the first plan it is 0. Workers add without a
+    lock: now and then a count is lost.
     """
     row = histogram[min(PERIODS - 1, int(PERIODS * part))]
     for g_t, begins in zip(g, fresh, strict=True):
@@ -925,8 +932,12 @@ def make_env(args: Args, training: bool = True) -> gym.Env:
 def decide(
     net: nn.Module, now: tuple[Tensor, ...], state: tuple, generator: torch.Generator | None = None
 ) -> tuple[Seen, Output]:
-    """One step of K games, now s, a_before and fresh: draw the gates, look where they are open."""
-    seen = Seen(*now, *net.draw(state, now[2], generator))
+    """One step of K games, now s, a_before and fresh: draw the gates, look where they are open.
+
+    Seen is of that step alone, without N; Output has N = 1.
+    """
+    *_, fresh = now
+    seen = Seen(*now, *net.draw(state, fresh, generator))
     return seen, net(Seen(*(part[None] for part in seen)), state)
 
 
@@ -1061,7 +1072,8 @@ def count_replans(
 def replan_rates(mazes: Sequence[np.ndarray]) -> dict[str, float]:
     """Percent of the steps that replan, at corners and junctions and in straight corridors.
 
-    Mean and deviation over mazes. Dead ends, which have one way out, belong to neither.
+    Mean and deviation over the mazes in which such places were visited. Dead ends, which have one
+    way out, belong to neither.
     """
     rates = defaultdict(list)
     for walls, visits, replans in mazes:
@@ -1073,7 +1085,8 @@ def replan_rates(mazes: Sequence[np.ndarray]) -> dict[str, float]:
                 place = "at_turns" if len(rows) > 1 and len(columns) > 1 else "in_corridors"
                 totals[place] += replans[cell], visits[cell]
         for place, (n, of) in totals.items():
-            rates[f"eval/replans_{place}"].append(100 * n / max(of, 1))
+            if of:
+                rates[f"eval/replans_{place}"].append(100 * n / of)
     means = {tag: float(np.mean(values)) for tag, values in rates.items()}
     return means | {f"{tag}_std": float(np.std(values)) for tag, values in rates.items()}
 
@@ -1457,7 +1470,7 @@ def begin(args: Args, net: nn.Module, histogram: Tensor, *shaping: str) -> tuple
     if args.resume or args.evaluate:
         start = load_checkpoint(path, args, net, *SHAPING, *shaping)
         total = start["args"]["total_timesteps"]
-        part = total / args.total_timesteps if args.resume else 1  # of now's periods, of one then
+        part = total / args.total_timesteps if args.resume else 1  # one of that run fills these
         periods = (part * torch.arange(PERIODS)).long().clamp(max=PERIODS - 1)
         histogram.zero_().index_add_(0, periods, start["histogram"])
     if args.evaluate:
@@ -1589,16 +1602,16 @@ def run_text(args: Args) -> dict[str, float]:
     net, histogram = TextModel(args), torch.zeros(PERIODS, LONGEST + 1, dtype=torch.long)
     shaping = ["lstm_size", "batch_size", "t_max"] + ["optimizer"] * bool(args.resume)
     start, run_dir, writer = begin(args, net, histogram, *shaping)
-    if start.get("text", fingerprint) != fingerprint:
+    if (args.resume or args.evaluate) and start["text"] != fingerprint:
         raise SystemExit(f"{args.resume or args.evaluate} was made with another text.")
     if args.evaluate:
         return evaluate_text(net, args, text, histogram, run_dir)
     optimizer = make_optimizer(net, args)
+    state, age = net.initial_state(B), torch.zeros(B, dtype=torch.long)
     if args.resume:
         optimizer.load_state_dict(start["optimizer"])
-    torch.set_rng_state(start.get("rng", torch.get_rng_state()))
-    state = start.get("state", net.initial_state(B))
-    age = start.get("age", torch.zeros(B, dtype=torch.long))
+        torch.set_rng_state(start["rng"])
+        state, age = start["state"], start["age"]
     step, seconds = start["T"], start["seconds"]
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
@@ -1608,7 +1621,8 @@ def run_text(args: Args) -> dict[str, float]:
     try:
         while step < args.total_timesteps:
             place = step // B % ((len(columns) - 1) // N * N)
-            state = state if place else net.initial_state(B)
+            if not place:  # the text begins again
+                state = net.initial_state(B)
             x, y = columns[place : place + N], columns[place + 1 : place + 1 + N]
             learning_rate = args.learning_rate * (1 - step / args.total_timesteps)
             out, watched = update_text(net, optimizer, x, y, state, learning_rate, args)
@@ -1617,8 +1631,9 @@ def run_text(args: Args) -> dict[str, float]:
                 log.put((tag, value, step))
             drain(log, recent)
             state = tuple(part.detach() for part in out.state)
-            nowhere = torch.zeros_like(out.g)
-            age = count_commitments(histogram, step / args.total_timesteps, out.g, nowhere, age)
+            fresh = torch.zeros_like(out.g)
+            fresh[0] = not place
+            age = count_commitments(histogram, step / args.total_timesteps, out.g, fresh, age)
             bar.update(N * B)
             finished = step >= args.total_timesteps
             if not finished and step < last_step + args.report_every:
@@ -1651,8 +1666,8 @@ def with_defaults(args: Args) -> Args:
     rate, norm = 5e-4, 40.0
     if args.task == "text":
         rate, norm = 1e-3 if args.optimizer == "adam" else 1.0, 0.5
-    given = args.learning_rate or rate, args.max_gradient_norm or norm
-    return replace(args, learning_rate=given[0], max_gradient_norm=given[1])
+    rate, norm = args.learning_rate or rate, args.max_gradient_norm or norm
+    return replace(args, learning_rate=rate, max_gradient_norm=norm)
 
 
 def run(args: Args) -> dict[str, float]:

@@ -254,6 +254,7 @@ def draw(rows: list[dict[str, str]], args: Args, path: Path) -> None:
 
 
 def main(args: Args) -> str:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends its runs, too, as Ctrl-C does
     game = args.env_id.split(":")[-1].replace("/", "-")
     path = ROOT / "results" / "scaling" / f"{game}_{args.part}.csv"
     path.parent.mkdir(exist_ok=True)

@@ -745,7 +745,7 @@ def test_math_a_round_of_play_is_that_of_all_collectors(monkeypatch):
     monkeypatch.setattr(policy_distillation, "time", perf_counter)
     states, metrics = policy_distillation.collect(collectors, args, wanted, log)
     assert wanted.value == 4 and states == [["of 0"], ["of 1"]]
-    returns = {"charts/episodic_return/a": 7 / 3, "charts/episodic_return/b": 5}
+    returns = {"charts/teacher_return/a": 7 / 3, "charts/teacher_return/b": 5}
     assert metrics == returns | {"charts/SPS": 240 / 2}
 
 
@@ -993,7 +993,7 @@ def test_learns_two_games_of_hand_made_teachers(tmp_path):
     checkpoint, numbers = torch.load(run_dir / "checkpoint.pt"), reported(run_dir)
     for g, (env_id, A) in enumerate(games):
         assert metrics[f"eval/percent_of_teacher/{env_id}"] > 97
-        played = numbers[f"charts/episodic_return/{env_id}"]  # the teacher's, while it collects
+        played = numbers[f"charts/teacher_return/{env_id}"]  # the teacher's, while it collects
         assert played.keys() == {0, 100} and min(played.values()) > 9
         with Image.open(run_dir / f"{env_id.replace(':', '-')}.gif") as film:
             assert film.size == (168, 84) and film.n_frames > 1  # side by side
@@ -1494,7 +1494,7 @@ def test_bad_input_ctrl_c_before_or_without_training_is_a_sentence(early, tmp_pa
         ),
         ({"online": True, "env_ids": ()}, "--env-ids needs at least one game"),
         (DISTILL | {"round_steps": 3}, "--round-steps 3 must give each of 4 games side by side"),
-        (DISTILL | {"memory_steps": 100}, "no more than fits into --memory-steps 100"),
+        (DISTILL | {"memory_steps": 100}, "must fit into the --memory-steps 100"),
         (DISTILL | {"memory_steps": 4 * 10**9}, "take up to 28260.00 GB.*lower --memory-steps"),
         (TEACHER | {"dqn_memory_steps": 4 * 10**9}, "lower --memory-steps, --dqn-memory-steps"),
         (DISTILL | {"num_collectors": 0}, "--num-collectors must lie between 1"),
