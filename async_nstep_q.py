@@ -577,10 +577,12 @@ def keep_memory() -> None:
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-# Flags of all scripts: those that end at 1, and those that must not be 0 unless 0 has a meaning
+# Flags of all scripts: those that end at 1, those that must not be 0 unless 0 has a meaning, and
+# those that may be negative
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
 FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
+SIGNED = ("rho_init", "commitment_bias")
 
 
 def check(args: Args) -> None:
@@ -589,8 +591,8 @@ def check(args: Args) -> None:
         value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
         counts = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
         lowest, highest = int(counts), 1 if field.name in FRACTIONS else 2**32 - 1
-        signed = isinstance(field.default, float) and field.default < 0
-        if type(value) in (int, float) and not signed and not lowest <= value <= highest:
+        bounded = type(value) in (int, float) and field.name not in SIGNED
+        if bounded and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
         if field.name in POSITIVE and field.default and np.float32(value) == 0:
             raise SystemExit(f"{flag} must be above 0 in 32 bits, not at {value}.")
