@@ -19,28 +19,29 @@
                on the same machine; no number in the paper
 
 Departures: ours (the paper's)
-    learning rate 7e-4 (searched per game), RMSProp's epsilon 0.1 and gradient norm 40 (not told:
-      what the authors later gave for A3C); the norm is that of K games' gradients together
-    the Run lines: 10 and 4 million steps (80 million), over which the rate falls to 0; orthogonal
-      first weights (uniform, as Torch7's), RMSProp's epsilon 1e-3, 8 games in each of 2 processes;
-      one run at one rate (the best of 50 at rates drawn at random)
+    learning rate 7e-4 (50 drawn from LogUniform(1e-4, 1e-2), mean of the best 5 runs), RMSProp's
+      epsilon 0.1 and gradient norm 40 (not told: what the authors later gave for A3C); the norm is
+      that of K games' gradients together
+    the Run lines: 10 and 4 million steps (80 million by a later answer), over which the rate falls
+      to 0; orthogonal first weights (authors: as torch draws them), RMSProp's epsilon 1e-3, 8 games
+      in each of 2 processes; one run at one rate
     each game (thread) draws its final exploration rate anew when a whole game is over
       ("periodically"), so that 0.4, 0.3 and 0.3 are shares of games, not of steps; returns in
       training are means over all rates, far below those of evaluation
     exploration falls with T (T or a thread's t: not told); it is 0.05 in evaluation (not told)
-    segments begin anew with an episode in the one-step methods, too (updates at every fifth step of
-      a thread and at ends)
+    with one game a process segments begin anew with an episode in the one-step methods, too
+      (updates at every fifth step of a thread and at ends)
     one-step methods: all gradients are taken at the end of a segment (each at its own step)
     theta^- is copied after the update of the segment in which T passes a multiple of I_target (at
       that step)
     Sarsa chooses the first action of an episode before the update at the end of the last one
       (after it)
-    a game that begins within a segment has the last game's exploration rate until the segment's end
-    --resume with another number of workers or games draws all final exploration rates anew
+    a game that begins within a segment has the last game's exploration rate until the segment's
+      end, in Sarsa the first action of any game
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
-    g begins at 0 (not told: --rmsprop-start), rewards are clipped to [-1, 1], training episodes end
-      with a life, games after 108,000 frames, where the target goes on with Q of the last screens
-      (not told)
+    g begins at 0 (not told: --rmsprop-start)
+    rewards are clipped to [-1, 1], training episodes end with a life, games after 108,000 frames;
+      there the target goes on with Q of the last screens (all not told)
     up to 30 no-ops before a game (not told)
     today's action sets: Pong 6 (3); sticky actions with *-v0 and ALE/*-v5 ids (none)
     K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
@@ -91,7 +92,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # The method
-    algorithm: Literal["nstep-q", "onestep-q", "onestep-sarsa"] = "nstep-q"  # S1; 1; 1 as Sarsa
+    algorithm: Literal["nstep-q", "onestep-q", "onestep-sarsa"] = "nstep-q"  # S1; 1; 1 for Sarsa
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
     network: Literal["small", "large"] = "small"  # the network of DQN 2013 or of DQN 2015
     orthogonal_init: bool = False  # layers begin orthogonal (authors: as torch's)
@@ -517,7 +518,15 @@ def report(writer, step: int, metrics: dict[str, float]) -> None:
 
 
 def save_checkpoint(path: Path, **state) -> None:
-    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole.
+
+    A network whose parameters are no numbers any more does not replace one that works.
+    """
+    if not all(part.isfinite().all() for part in state.get("net", {}).values()):
+        raise SystemExit(
+            "Parameters are no numbers any more: the run stops. The last checkpoint is the one "
+            "before; to begin anew with a smaller --learning-rate often helps."
+        )
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
 

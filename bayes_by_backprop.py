@@ -21,14 +21,17 @@ Departures: ours (the paper's)
       1e-3 to 1e-5, searched for each; 600 epochs); seeds 1 to 3, the bandit's 1 (5 runs)
     mnist: rho starts at -4 (not told); prior pi 1/4, -log sigma_1 = 0, -log sigma_2 = 1 (searched,
       the choice not told, the second among 6, 7, 8); 400 units, also of the pruned network (1200)
-    regression and bandit: rho starts at -3, a single Gaussian as prior; regression's rate is 5e-3,
-      its cost the mean of five samples (not told)
-    regression, bandit: KL / M in each of M minibatches by --kl-weighting uniform
+    regression and bandit, by the flags of their Run lines: rho starts at -3, a single Gaussian as
+      prior, KL / M in each of M minibatches; regression's rate is 5e-3, its cost the mean of five
+      samples, with 1,000 epochs (not told). The constant of their likelihood is left out
+    means begin within 1 / sqrt(n) of 0 for n inputs (not told); one sample a minibatch on mnist (1,
+      2, 5 or 10, searched)
     the step descends the cost of a minibatch divided by --batch-size (mean or sum not told)
     dropout: half of the hidden units, a fifth of the pixels (after Hinton et al., not told)
     regression: 2 x 100 units, 1,000 points, noise 0.02 a deviation, x in [0, 0.5]; the likelihood's
-      deviation is 0.1, as the noise enters the curve three times (not told); quartiles include it,
-      so a plain network's band is equally wide everywhere
+      deviation is 0.1, as the curve's slope makes up to 0.13 of the noise (not told); quartiles
+      include it, so a plain network's band is equally wide everywhere; beyond the data is from 0.75
+      to 1.25
     bandit: the mean of a Gaussian of deviation 1 is learned by Adam, 1e-5; an unfilled buffer
       counts as a full one, its interactions repeated (not told)
     the network is chosen by the validation error of the mean weights (by which is not told)
@@ -75,8 +78,8 @@ from tqdm import tqdm
 class Args:
     # The method
     task: Literal["mnist", "regression", "bandit"] = "mnist"  # which of the paper's experiments
-    method: Literal["bbb", "sgd", "dropout"] = "bbb"  # mnist: or a plain network, or dropout
-    agent: Literal["bbb", "greedy", "greedy-1", "greedy-5"] = "bbb"  # bandit: % of random actions
+    method: Literal["bbb", "sgd", "dropout"] = "bbb"  # mnist: sgd is a plain network
+    agent: Literal["bbb", "greedy", "greedy-1", "greedy-5"] = "bbb"  # bandit; 0, 1, 5 % at random
     hidden_units: int = 0  # of each of the two hidden layers; 0: 400 on mnist, else 100
     samples: int = 1  # of the weights in the cost of a minibatch
     prior: Literal["mixture", "gaussian"] = "mixture"  # scale mixture, or its first part alone
@@ -322,7 +325,7 @@ def load_mnist(data_dir: str, split: Literal["train", "t10k"]) -> tuple[Tensor, 
     arrays = []
     for kind, header, shape in (("images-idx3", 16, (-1, 28, 28)), ("labels-idx1", 8, (-1,))):
         path = Path(data_dir, "mnist", f"{split}-{kind}-ubyte.gz")
-        if not path.exists():
+        if not os.path.exists(path):
             download_mnist(path)
         try:
             content = gzip.decompress(path.read_bytes())
@@ -353,7 +356,7 @@ MUSHROOM_MD5 = "08abc775ae2a79b402cc75f3a29e4b7d"
 def load_mushrooms(data_dir: str) -> tuple[Tensor, Tensor]:
     """Contexts [8124, 117], one-hot, and whether each mushroom is edible; downloaded if missing."""
     path = Path(data_dir, "mushroom", "agaricus-lepiota.data")
-    if not path.exists():
+    if not os.path.exists(path):
         remedy = "Put it there, or use --bandit-data breast-cancer."
         content = download(MUSHROOM_URL + path.name, path, remedy)
         if hashlib.md5(content).hexdigest() != MUSHROOM_MD5:
@@ -513,7 +516,15 @@ def report(writer, step: int, metrics: dict[str, float]) -> None:
 
 
 def save_checkpoint(path: Path, **state) -> None:
-    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole.
+
+    A network whose parameters are no numbers any more does not replace one that works.
+    """
+    if not all(part.isfinite().all() for part in state.get("net", {}).values()):
+        raise SystemExit(
+            "Parameters are no numbers any more: the run stops. The last checkpoint is the one "
+            "before; to begin anew with a smaller --learning-rate often helps."
+        )
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
 
@@ -993,6 +1004,7 @@ def draw_regret(path: Path) -> None:
     if not table.exists():  # a checkpoint without its run
         return
     rows = [line.split(",") for line in table.read_text().splitlines()]
+    rows = [row for row in rows if len(row) == 3]  # the last one may be half written
     points = [(int(t), float(value)) for t, tag, value in rows if tag == "charts/regret"]
     figure, axis = plt.subplots(figsize=(5, 3.4))
     axis.plot(*zip(*points))

@@ -18,7 +18,8 @@
                beside other runs
 
 Departures: ours (the paper's)
-    rotated-mnist and digits with a network of our own (plankton, galaxies, buildings)
+    rotated-mnist and digits with a network of our own (plankton, galaxies, buildings), made here:
+      in training new angles in every epoch, so not the published set of that name
     paths are pooled before the ReLU, none follows (before or after, the mean before was best;
       whether one follows is not told)
     equal epochs: a sliced network makes four times the steps, each on a quarter of the pictures,
@@ -28,7 +29,7 @@ Departures: ours (the paper's)
     plankton: ink is 1, background 0; galaxies and buildings lie between -1 and 1 (not told)
     augmentation: any rotation; plankton also shift 4 %, each side by up to 1.3, shear 15 degrees,
       flips, galaxies flips (only rotation told); buildings: tiles on a grid, quarter turns, which
-      sliced networks do not feel, and flips (tiles anywhere, any rotation)
+      sliced networks do not feel, and flips, one a minibatch (tiles anywhere, any rotation)
     scores of a hold-out of 10 %, on plankton of every class (of Kaggle's servers); buildings: of
       the labelled middles of whole tiles (border not told)
     galaxies: squared error of sigmoids; buildings: cross-entropy of a pixel (losses not told)
@@ -64,7 +65,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from sklearn import datasets
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
@@ -83,7 +84,7 @@ class Args:
     variant: Variant = "pool"  # of the network; baseline and half have no cyclic layers
     pool: How = "mean"  # how the four paths become one, before the output layer
     turned: Literal["filters", "maps"] = "filters"  # in rolls between convolutions (paper: maps)
-    image_size: int = 0  # pixels, for small machines; 0: the paper's
+    image_size: int = 0  # pixels of a side; 0: the paper's (buildings: small ones overlap more)
     # Optimisation
     epochs: int = 60  # passes over the training set
     batch_size: int = 128  # images of a step; sliced networks: a quarter as many, in four turns
@@ -167,11 +168,12 @@ class CyclicUnstack(nn.Module):
 class TurnedConv2d(nn.Conv2d):
     """T(w * R(x)) for T(x) [B, 4 C, S, S]: what turns is the filters w, not the maps.
 
-    One product without copies: path k, turned back, is r^-k(w * r^k x) = (r^-k w) * x.
+    One product without copies: path k, turned back, is r^-k(w * r^k x) = (r^-k w) * x. It has a
+    bias; stride, dilation and groups are 1.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight.chunk(4, 1)  # what they make of x_k, x_k+1, x_k+2, x_k+3
+        w = self.weight.chunk(4, 1)  # path k applies them to x_k, x_k+1, x_k+2, x_k+3
         filters = torch.cat([turn(torch.cat([*w[-k:], *w[:-k]], 1), -k) for k in range(4)])
         return F.conv2d(x, filters, self.bias.repeat(4), padding=self.padding)
 
@@ -185,7 +187,7 @@ class Layout(NamedTuple):
     kernel: int  # width of a filter
     padded: bool  # convolutions keep the size
     pooling: tuple[int, int]  # width and stride; (1, 1): none
-    dense: tuple[int, int]  # units of the two hidden dense layers; 0: they are 1x1 convolutions
+    dense: tuple[int, int]  # units of the two hidden dense layers; 0: none, then 1x1 convolutions
     outputs: int
 
 
@@ -278,7 +280,8 @@ class CyclicNetwork(nn.Sequential):
                     if size < width or (size - width) % stride:
                         raise SystemExit(
                             f"--image-size {layout.size} makes maps of {size} pixels, which no "
-                            "pooling treats alike on all sides: take 0 or, for plankton, 47."
+                            "pooling treats alike on all sides: take 0 or, for plankton, 47; for "
+                            "galaxies 32."
                         )
                     layers.append(nn.MaxPool2d(width, stride))  # first: fewer to cut and to copy
                     size = (size - width) // stride + 1
@@ -303,11 +306,11 @@ class CyclicNetwork(nn.Sequential):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
         self.to(memory_format=torch.channels_last)  # faster
-        self.bfloat16 = bfloat16
+        self.in_16_bits = bfloat16
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs [B, outputs], buildings [B, 1, S, S], of pictures x [B, C, S, S]."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+        """Outputs [B, outputs], buildings [B, 1, S - 40, S - 40], of pictures x [B, C, S, S]."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_16_bits):
             return super().forward(x).to(x.dtype)
 
 
@@ -362,7 +365,7 @@ def load_mnist(data_dir: str, split: Literal["train", "t10k"]) -> tuple[Tensor, 
     arrays = []
     for kind, header, shape in (("images-idx3", 16, (-1, 28, 28)), ("labels-idx1", 8, (-1,))):
         path = Path(data_dir, "mnist", f"{split}-{kind}-ubyte.gz")
-        if not path.exists():
+        if not os.path.exists(path):
             download_mnist(path)
         try:
             content = gzip.decompress(path.read_bytes())
@@ -387,7 +390,7 @@ def load_digits(split: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
 
 
 class Pictures(NamedTuple):
-    """Pictures [N, C, S, S] as bytes and what is to be said of them."""
+    """Pictures [N, C, S, S] (galaxies: 1.5 S wide) as bytes and what is to be said of them."""
 
     x: Tensor
     y: Tensor  # labels [N]; galaxies: answers [N, 37]; buildings: maps [N, S, S] as bytes
@@ -438,7 +441,7 @@ def read_picture(path: Path, mode: Literal["L", "RGB"]) -> Image.Image:
     try:
         with Image.open(path) as picture:
             return picture.convert(mode)
-    except (OSError, UnidentifiedImageError) as error:
+    except OSError as error:  # also what is no picture
         raise SystemExit(f"{path} is damaged ({error}); unpack it again.") from None
 
 
@@ -513,7 +516,7 @@ def load_galaxies(args: Args, S: int) -> tuple[Pictures, Pictures]:
     def make() -> tuple[np.ndarray, np.ndarray]:
         try:
             answers = np.loadtxt(table, delimiter=",", skiprows=1, ndmin=2)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise SystemExit(f"{table} is damaged ({error}); unpack it again.") from None
         if answers.shape[1] != 38:
             raise SystemExit(f"{table} has {answers.shape[1]} columns, not 38: unpack it again.")
@@ -546,7 +549,7 @@ def load_buildings(args: Args, S: int) -> tuple[Pictures, Pictures]:
         def make(files: list[Path] = files, maps: Path = maps) -> tuple[np.ndarray, np.ndarray]:
             x, y = [], []
             for path in tqdm(files, unit="picture", disable=None):
-                label = next((p for p in maps.glob(f"{path.stem}.*")), None)
+                label = next(maps.glob(f"{path.stem}.*"), None)
                 if label is None:
                     raise SystemExit(f"{maps} has no map for {path.name}: unpack it again.")
                 picture = np.asarray(read_picture(path, "RGB")).transpose(2, 0, 1)
@@ -621,7 +624,7 @@ def objective(output: Tensor, y: Tensor, dataset: str) -> Tensor:
 def predict(net: nn.Module, x: Tensor, args: Args) -> Tensor:
     """The network's outputs for all pictures x, without dropout."""
     net.eval()
-    parts = x.split(max(1, 4 * args.batch_size // (4 if sliced(args.variant) else 1)))
+    parts = x.split(args.batch_size * (1 if sliced(args.variant) else 4))
     parts = tqdm(parts, unit="batch", leave=False, disable=None)
     outputs = torch.cat([net(prepare(part, args, training=False)) for part in parts])
     net.train()
@@ -676,7 +679,15 @@ def report(writer, step: int, metrics: dict[str, float]) -> None:
 
 
 def save_checkpoint(path: Path, **state) -> None:
-    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole.
+
+    A network whose parameters are no numbers any more does not replace one that works.
+    """
+    if not all(part.isfinite().all() for part in state.get("net", {}).values()):
+        raise SystemExit(
+            "Parameters are no numbers any more: the run stops. The last checkpoint is the one "
+            "before; to begin anew with a smaller --learning-rate often helps."
+        )
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
 

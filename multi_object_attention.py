@@ -16,16 +16,17 @@
 
 Departures: ours (the paper's)
     Adam, 1e-3 (SGD, Nesterov's momentum 0.9, 0.01), times 0.97 after each of 100 epochs of 50,000
-      images (svhn: of 200,000); the Run lines: 2e-3, times 0.984, 200 epochs, minibatches of 256
-      (128), in 16 bits, from all 60,000 digits
+      images (svhn: of 200,000); the Run lines of digits: 2e-3, times 0.984, 200 epochs, minibatches
+      of 256 (128), in 16 bits, from all 60,000 digits
     locations deviate by 0.17 units, a variance of 0.03 (pairs, sums: a deviation of 0.03); lambda =
       0.1 (not told). With the paper's deviation and lambda = 1 the gradient of their means would be
-      57 times as large
+      57 times as large on digits
     a label earns its probability, the mean of what a draw from the softmax would earn (1 if it is
       the likeliest class, else 0: --reward correct)
     locations are clipped to the image; a mean outside adds half its squared distance from the
       border to the loss, in the mean over all glimpses, also after a mistake (not told)
-    the baseline's loss is half the mean of (R - b)^2 over glimpses (weight not told)
+    the baseline's loss is half the mean of (R - b)^2 over all glimpses, 0 after a mistake (weight
+      not told); b_n sees r2 as it is before glimpse n, so it does not depend on l_n (r2_n)
     M = 1 path per image in training, 10 in evaluation (not told)
     patches of 12 and 24 pixels, shrunk to 12x12, side by side as channels (two scales, sizes not
       told); they lie on whole pixels, what is outside the image is zero (not told)
@@ -33,8 +34,8 @@ Departures: ours (the paper's)
       tanh of their 512 outputs is both hidden part and cell of LSTM 2's first state (not told)
     emission and classifier have one hidden layer; the baseline is linear and trains itself alone;
       each direction has its own classifier and baseline, their losses are summed (not told)
-    He's initialisation; the biases of forget gates and of G_loc begin at 1, the baseline at 0 (not
-      told)
+    He's initialisation, recurrent weights orthogonal; the biases of forget gates and of G_loc begin
+      at 1, the baseline at 0 (not told)
     pairs: 8 pieces of 8x8 pixels of other digits as clutter ("distraction noise"); digits of pairs
       and sums do not overlap, 10,000 of the 60,000 are held out unless --no-hold-out (not told)
     ram: one LSTM, what + where, no context; it begins at a learned place (at random)
@@ -254,7 +255,7 @@ class Classifier(nn.Sequential):
 
 
 def initialise(module: nn.Module) -> None:
-    """He's weights, no biases: torch's own make all images nearly one, and learning waits long."""
+    """He's weights, orthogonal recurrent ones: with torch's own all images look nearly alike."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)
@@ -297,7 +298,7 @@ class DeepRecurrentAttentionModel(nn.Module):
         self.emission, self.classifier = EmissionNetwork(sizes), Classifier(sizes)
         self.baseline = nn.Linear(sizes.lstm, 1)
         self.apply(initialise)
-        nn.init.ones_(self.glimpse.where[0].bias)  # a G_loc of 0 would be the product's end
+        nn.init.ones_(self.glimpse.where[0].bias)  # where G_loc is 0, the product is for good
         nn.init.zeros_(self.baseline.weight)
 
     def forward(
@@ -567,7 +568,7 @@ def load_mnist(data_dir: str, split: Literal["train", "t10k"]) -> tuple[Tensor, 
     arrays = []
     for kind, header, shape in (("images-idx3", 16, (-1, 28, 28)), ("labels-idx1", 8, (-1,))):
         path = Path(data_dir, "mnist", f"{split}-{kind}-ubyte.gz")
-        if not path.exists():
+        if not os.path.exists(path):
             download_mnist(path)
         try:
             content = gzip.decompress(path.read_bytes())
@@ -819,15 +820,15 @@ def minibatches(args: Args, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def answer(nets: nn.ModuleList, args: Args, x: Tensor, paths: int) -> Tensor:
-    """Labels [B, L] from a mean of log p over sampled paths, or, with paths 0, along the means."""
+    """Labels [B, L]: so many sampled paths averaged, or, with 0, one path along the means."""
     if args.model == "conv":
         return nets[0](x).argmax(2)
     log_p, T = [], sizes_of(args).num_labels * nets[0].N
     for net in nets:
         part = focused(net, x, T) if args.focus else x
-        read = partial(net, part, T, args.glimpse_policy, args.location_std if paths else 0.0)
-        logits = torch.stack([net.logits(read()) for _ in range(max(paths, 1))])
-        log_p.append(averaged(logits.log_softmax(3), args.average))
+        std = args.location_std if paths else 0.0
+        logits = [net.logits(net(part, T, args.glimpse_policy, std)) for _ in range(paths or 1)]
+        log_p.append(averaged(torch.stack(logits).log_softmax(3), args.average))
     return combine(*log_p) if args.forward_backward else log_p[0].argmax(2)
 
 
@@ -875,13 +876,14 @@ def minibatch_loss(
 
 def make_optimizer(nets: nn.ModuleList, args: Args) -> torch.optim.Optimizer:
     """Two groups of parameters: what sees and tells, then what chooses locations."""
-    groups = [], []
+    tell, choose = [], []
     for name, parameter in nets.named_parameters():
         part = name.split(".")[1]  # of a network
-        groups[part in ("context", "lstm2", "emission")].append(parameter)
-    adam, sgd = partial(torch.optim.Adam, fused=True), partial(torch.optim.SGD, momentum=0.9)
-    kinds = {"adam": adam, "sgd": partial(sgd, nesterov=True)}
-    return kinds[args.optimizer]([{"params": group} for group in groups], args.learning_rate)
+        (choose if part in ("context", "lstm2", "emission") else tell).append(parameter)
+    groups = [{"params": tell}, {"params": choose}]
+    if args.optimizer == "adam":
+        return torch.optim.Adam(groups, args.learning_rate, fused=True)
+    return torch.optim.SGD(groups, args.learning_rate, momentum=0.9, nesterov=True)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -934,7 +936,15 @@ def report(writer, step: int, metrics: dict[str, float]) -> None:
 
 
 def save_checkpoint(path: Path, **state) -> None:
-    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole.
+
+    A network whose parameters are no numbers any more does not replace one that works.
+    """
+    if not all(part.isfinite().all() for part in state.get("net", {}).values()):
+        raise SystemExit(
+            "Parameters are no numbers any more: the run stops. The last checkpoint is the one "
+            "before; to begin anew with a smaller --learning-rate often helps."
+        )
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
 
@@ -1091,7 +1101,7 @@ def check_flags(args: Args) -> None:
 
 KEPT = (  # flags that a resumed run has to share with its beginning
     *("seed", "batch_size", "optimizer", "learning_rate", "learning_rate_decay", "bfloat16"),
-    *("hold_out", "location_rate", "reward", "reinforce_weight", "reinforce_into_core"),
+    *("location_rate", "reward", "reinforce_weight", "reinforce_into_core"),
     "monte_carlo_samples",
 )
 
@@ -1136,7 +1146,7 @@ def run(args: Args, device: str) -> dict[str, float]:
     optimizer = make_optimizer(nets, args)
     shaping = ("task", "model", "dataset", "context", "glimpse_policy", "forward_backward")
     shaping += ("patch_size", "num_scales", "num_glimpses", "location_unit")
-    shaping += ("location_std",) if args.resume or args.evaluate else ()
+    shaping += ("location_std", "hold_out") if args.resume or args.evaluate else ()
     shaping += ("svhn_size",) if args.resume or args.model == "conv" else ()
     kept = KEPT if args.resume else ()
     first_epoch, seconds, finished = 1, 0.0, False

@@ -34,11 +34,13 @@ Departures: ours (the paper's). Numbers are compared with the NIPS version, not 
       core is not told)
     glimpses lie on whole pixels, coarse ones are means of blocks (not told); the convolutional
       baseline has 8 filters (arXiv's: 16)
-    the reported error averages 10 paths, that of one path stands beside it (not told)
+    images: 100 or 200 epochs, M = 1 path an image (not told), the first glimpse anywhere (random)
+    the reported error averages 10 paths; beside it stands that of one path along the means (not
+      told)
     clutter is added to the digit and the sum clipped ("added"), for all sets from digits that are
       trained on; zeros outside the image (not told)
-    catch: the locations' gradient is weighted 0.3 and does not enter the core (treated as that of
-      the moves, through all of the network)
+    catch: the locations' gradient does not enter the core (treated as that of the moves, through
+      all of the network), so that Adam takes no notice of its weight of 0.3
     catch: the baseline's error, halved, trains the core, too (not told)
     catch: entropy of the move is rewarded with 0.002 (REINFORCE alone)
     catch: a block counts its lit pixels, the core begins with open forget gates, the glimpse
@@ -271,13 +273,14 @@ def look(
 ) -> Glimpses:
     """A path of N glimpses over images, given as integral images [B, S+1, S+1].
 
-    The first location is random, the others follow policy; with std 0 they are the means. The
-    location after the last glimpse is used by nobody and left out.
+    learned: the first location is anywhere, the next ones are drawn around the network's means, or
+    with std 0 are the means; random: all are anywhere; centre: all in the middle. No location is
+    chosen after the last glimpse.
     """
     B, state = len(table), net.core.initial_state(len(table))
     centre = torch.zeros(num_glimpses, B, 2, device=table.device)
     anywhere = torch.empty_like(centre).uniform_(-1, 1)
-    l = list(centre if policy == "centre" else anywhere)  # all of them, if nothing is chosen
+    l = list(centre if policy == "centre" else anywhere)  # they stay, unless the policy is learned
     samples, states = [], []
     for n in range(num_glimpses):
         h, state = net(table, l[n], state)
@@ -300,7 +303,7 @@ def location_log_prob(sample: Tensor, mu: Tensor, std: float) -> Tensor:
 
 
 def reinforce_loss(log_pi: Tensor, R: Tensor, b: Tensor) -> Tensor:
-    """Its gradient is that of -E[R] (eq. 2), a sum over time, a mean over paths.
+    """Its gradient estimates that of -E[R] (eq. 2), a sum over time, a mean over paths.
 
     log_pi and b are [T, B], R [B] comes at the end.
     """
@@ -316,7 +319,7 @@ def reward_for(logits: Tensor, y: Tensor, kind: str) -> Tensor:
     """R [B], at the last step alone.
 
     probability: what a class drawn from the softmax earns on average, 1 for the right one. As an
-    expectation it has less variance than a draw, and says how sure the model was. correct: 1
+    expectation it has less variance than a draw, and rewards being sure. correct: 1
     where the likeliest class is right.
     """
     if kind == "correct":
@@ -408,7 +411,7 @@ def load_mnist(data_dir: str, split: Literal["train", "t10k"]) -> tuple[Tensor, 
     arrays = []
     for kind, header, shape in (("images-idx3", 16, (-1, 28, 28)), ("labels-idx1", 8, (-1,))):
         path = Path(data_dir, "mnist", f"{split}-{kind}-ubyte.gz")
-        if not path.exists():
+        if not os.path.exists(path):
             download_mnist(path)
         try:
             content = gzip.decompress(path.read_bytes())
@@ -559,7 +562,8 @@ def play_catch(
         screen = game.screen()
         h, state = net(integral_image(screen), l, state)
         log_pi = net.action(h).log_softmax(-1)  # [B, 3]
-        a = log_pi.argmax(-1) if greedy else log_pi.exp().multinomial(1).squeeze(1)
+        pi = log_pi.exp().nan_to_num(1)  # of no numbers any: the loss will tell
+        a = log_pi.argmax(-1) if greedy else pi.multinomial(1).squeeze(1)
         mu = net.location(h if reinforce_into_core else h.detach())
         sample = mu.detach() if greedy else (mu + std * torch.randn_like(mu)).detach()
         log_pi_a = log_pi.gather(1, a[:, None]).squeeze(1)
@@ -573,7 +577,7 @@ def play_catch(
 
 
 def catch_loss(play: Play, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """REINFORCE alone, for moves and locations alike: the reward comes after the last frame.
+    """REINFORCE for moves and locations, no labels: the reward comes after the last frame.
 
     Here the baseline's error trains the core, too: what foretells the end also tells the best move.
     """
@@ -681,12 +685,13 @@ def game_losses(net: nn.Module, args: Args) -> Iterator[tuple[Tensor, dict[str, 
 
 def make_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
     """Two groups of parameters: all others, then the location network's."""
-    groups = [], []
+    location, others = [], []
     for name, parameter in net.named_parameters():
-        groups[name.startswith("location.")].append(parameter)
-    adam, sgd = partial(torch.optim.Adam, fused=True), partial(torch.optim.SGD, momentum=0.9)
-    kinds = {"adam": adam, "sgd": sgd}
-    return kinds[args.optimizer]([{"params": group} for group in groups], args.learning_rate)
+        (location if name.startswith("location.") else others).append(parameter)
+    groups = [{"params": others}, {"params": location}]
+    if args.optimizer == "adam":
+        return torch.optim.Adam(groups, args.learning_rate, fused=True)
+    return torch.optim.SGD(groups, args.learning_rate, momentum=0.9)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -724,7 +729,15 @@ def report(writer, step: int, metrics: dict[str, float]) -> None:
 
 
 def save_checkpoint(path: Path, **state) -> None:
-    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole.
+
+    A network whose parameters are no numbers any more does not replace one that works.
+    """
+    if not all(part.isfinite().all() for part in state.get("net", {}).values()):
+        raise SystemExit(
+            "Parameters are no numbers any more: the run stops. The last checkpoint is the one "
+            "before; to begin anew with a smaller --learning-rate often helps."
+        )
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
 
@@ -884,7 +897,7 @@ def draw_glimpses(net: nn.Module, args: Args, images: Images, path: Path) -> Non
         seen = look(net, table, num_glimpses, args.glimpse_policy, std=0.0)
     for i, axis in enumerate(axes.flat):
         axis.imshow(images.x[i].cpu().numpy(), cmap="gray_r")
-        x, y = ((seen.l[:, i].cpu().numpy() + 1) / 2 * S - 0.5).T
+        x, y = (((seen.l[:, i].cpu().numpy() + 1) / 2 * S).round() - 0.5).T  # as the retina rounds
         axis.plot(x, y, "-", color="tab:blue", lw=1)
         axis.scatter(x, y, c=range(num_glimpses), cmap="viridis", s=14, zorder=3)
         for n, colour in ((0, "tab:gray"), (-1, "tab:red")):  # the first and the last glimpse

@@ -676,7 +676,7 @@ def read_text(args: Args) -> str:
         return "\n".join(topics.topics[name] for name in sorted(topics.topics))
     names = {"ptb": "ptb/ptb.train.txt", "tinyshakespeare": "tinyshakespeare/input.txt"}
     path = Path(args.text_file or Path(args.data_dir, names[args.dataset]))
-    if args.dataset == "tinyshakespeare" and not args.text_file and not path.exists():
+    if args.dataset == "tinyshakespeare" and not args.text_file and not os.path.exists(path):
         remedy = "Put it there, or use --dataset pydoc, which needs no file."
         content = download(SHAKESPEARE_URL, path, remedy)
         if hashlib.md5(content).hexdigest() != SHAKESPEARE_MD5:
@@ -1266,7 +1266,15 @@ def report(writer, step: int, metrics: dict[str, float]) -> None:
 
 
 def save_checkpoint(path: Path, **state) -> None:
-    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole."""
+    """Write beside the old file, then rename: a crash leaves the old one or the new one, whole.
+
+    A network whose parameters are no numbers any more does not replace one that works.
+    """
+    if not all(part.isfinite().all() for part in state.get("net", {}).values()):
+        raise SystemExit(
+            "Parameters are no numbers any more: the run stops. The last checkpoint is the one "
+            "before; to begin anew with a smaller --learning-rate often helps."
+        )
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
 

@@ -586,6 +586,17 @@ def test_math_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch)
     assert torch.load(path) == {"T": 1}
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_bad_input_a_network_of_no_numbers_does_not_replace_one_that_works(broken, tmp_path):
+    net, path = ActorCritic(2, "small", lstm=False), tmp_path / "checkpoint.pt"
+    a3c_atari.save_checkpoint(path, net=net.state_dict(), T=1)
+    with torch.no_grad():
+        net.value.bias.fill_(broken)
+    with pytest.raises(SystemExit, match=r"^Parameters are no numbers any more: the run stops"):
+        a3c_atari.save_checkpoint(path, net=net.state_dict(), T=2)
+    assert torch.load(path)["T"] == 1
+
+
 # ---- Processes ----------------------------------------------------------------------------------
 
 

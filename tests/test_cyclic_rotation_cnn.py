@@ -817,7 +817,7 @@ def test_math_flags_reach_the_network(run):
     for turned, bfloat16 in (("filters", False), ("maps", True)):
         flags = {"variant": "roll-all", "pool": "max", "turned": turned, "bfloat16": bfloat16}
         net = run("digits", N=8, **flags).net
-        assert net.bfloat16 == bfloat16
+        assert net.in_16_bits == bfloat16
         kinds[turned] = {type(layer).__name__ for layer in net}
         assert next(layer for layer in net if isinstance(layer, cyclic.CyclicPool)).how == "max"
     assert "TurnedConv2d" in kinds["filters"] and "TurnedConv2d" not in kinds["maps"]

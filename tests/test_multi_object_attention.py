@@ -1434,7 +1434,7 @@ def test_bad_input_flags_that_shape_a_network_stay_as_they_were(watched, tmp_pat
     changes = [(Args(**DIGITS), *change) for change in flags.items()]
     changes += [(Args(**HOUSES, device="cpu"), "forward_backward", True)]
     kept = {"seed": 2, "batch_size": 64, "optimizer": "sgd", "learning_rate": 0.5}
-    kept |= {"bfloat16": True, "location_rate": 0.5, "reward": "correct", "hold_out": False}
+    kept |= {"bfloat16": True, "location_rate": 0.5, "reward": "correct"}
     kept |= {"learning_rate_decay": 0.5}
     kept |= {"reinforce_weight": 1.0, "reinforce_into_core": False, "monte_carlo_samples": 2}
     assert kept.keys() == set(dram.KEPT)
@@ -1454,11 +1454,14 @@ def test_bad_input_flags_that_shape_a_network_stay_as_they_were(watched, tmp_pat
                 dram.main(dataclasses.replace(changed, **{flag: path}))
         if (args, name, value) in going_on:
             found = dram.main(dataclasses.replace(changed, evaluate=path))
-            assert found.keys() == {"validation/error", "eval/error"} or name == "hold_out"
+            assert found.keys() == {"validation/error", "eval/error"}
     for flag in ("resume", "evaluate"):  # but another run may begin with these weights
         changed = Args(**DIGITS, location_std=0.3, **{flag: paths["pairs"]})
         with pytest.raises(SystemExit, match=r"made with --location-std 0.17, not with .* 0.3"):
             dram.main(changed)
+        changed = Args(**DIGITS, hold_out=False, **{flag: paths["pairs"]})
+        with pytest.raises(SystemExit, match=r"made with --hold-out True, not with .* False"):
+            dram.main(changed)  # else it would validate on images that it has learned
     more = {"pretrained": paths["pairs"], "run_dir": str(tmp_path / "more"), "epochs": 1}
     dram.main(Args(**DIGITS, location_std=0.3, **more))
 

@@ -591,7 +591,7 @@ def test_math_drawn_are_the_path_its_patches_and_the_class(tmp_path, monkeypatch
     plt.close("all")
     assert len(axes) == 12
     for i, axis in enumerate(axes):
-        path = ((l[:, i] + 1) * 30 - 0.5).numpy()  # pixel 0 is drawn from -0.5 to 0.5
+        path = (((l[:, i] + 1) * 30).round() - 0.5).numpy()  # pixel 0 is drawn from -0.5 to 0.5
         np.testing.assert_array_equal(axis.images[0].get_array(), x[i].numpy())
         np.testing.assert_allclose(axis.lines[0].get_xydata(), path, atol=1e-4)
         np.testing.assert_allclose(axis.collections[0].get_offsets(), path, atol=1e-4)
