@@ -1,8 +1,8 @@
 """Asynchronous advantage actor-critic (A3C) with continuous actions: pendulums, arms, runners.
 
     Paper    Mnih et al., "Asynchronous methods for deep reinforcement learning", ICML 2016
-    Shows    A3C learns motor control from the state; --pixels is its second form, which sees a
-               picture (section 5.3, supplement 9)
+    Shows    A3C learns motor control from the state (section 5.3, supplement 9); that --pixels
+               learns it from a picture, too, is not measured
     Run      python a3c_continuous.py --num-workers 2 --total-timesteps 500000 --eval-episodes 30
     Result   977 (returns of 30 episodes; seeds 1, 2, 3: 1000, 947, 986) in 2 to 13 min, mostly
                beside other runs, on 2 cores of an AMD EPYC; 950 counts as solved (paper: curves
@@ -21,12 +21,14 @@
     Result   3064 (returns of 30 episodes, deviation 159; seed 1) in 53 min on the same machine
 
 Departures: ours (the paper's)
-    the Run lines of Pendulum, Reacher and HalfCheetah learn in segments of 20, 5 and 20 steps that
-      bootstrap (whole episodes without); entropy cost 1e-3 for the last two (1e-4)
+    by default whole episodes, as in the paper; the Run lines of Pendulum, Reacher and HalfCheetah
+      learn in segments of 20, 5 and 20 steps that bootstrap, over which the LSTM's state goes on
+      and its gradient does not (whole episodes without); entropy cost 1e-3 for Reacher and
+      HalfCheetah (1e-4), the entropy that of one dimension, as it is written there
     learning rate 3e-4, HalfCheetah 1e-4, falling to 0 (the best of many from 1e-5 to 1e-1; its fall
-      not told); RMSProp's decay 0.99 and epsilon 1e-7 (not told)
-    discount 0.99, Pendulum 0.95, Reacher 0.9 (not told); a norm of 40 for each network's gradient
-      by itself (not told)
+      not told); RMSProp's decay 0.99 and epsilon 1e-7, g at first 0 (not told)
+    discount 0.99, Pendulum 0.95, Reacher 0.9 (not told)
+    a norm of 40 for each network's gradient by itself (not told)
     gradient of V: R - V (2 (R - V)); variance at least 1e-5 (no bound told)
     at a time limit: with whole episodes the return ends there, with segments it goes on as V(s_t)
       (not told)

@@ -6,19 +6,21 @@
     Result   177.6 points an episode (deviation of 100 episodes 71; seed 1; a random walk 6.1) in
                191 min, partly beside tests, on 2 cores of an AMD EPYC; resumed after 5 million
                steps, where the rate had reached 0 and rose again to 3/8 of its start; paper:
-               about 50, in larger mazes
+               about 50, in Labyrinth
 
 Departures: ours (the paper's)
-    MiniWorld's mazes of square rooms, 3 x 3 (Labyrinth, which was never published in that form):
-      they have 14 sets of walls, all of them seen in training; where apples, portal and agent are
-      is new in every episode
+    MiniWorld's mazes of square rooms, 3 x 3 (Labyrinth's, whose size is not told and which were
+      never published in that form): ours have 14 sets of walls, all of them seen in training; where
+      apples, portal and agent are is new in every episode
     4 apples, small green boxes (not told); an episode of 900 steps is 60 s at 30 frames/s
     a step is 2 frames, 0.3 m or 30 degrees (4 frames on Atari; here not told); three actions
     the end of the time cuts a return off with V, as the end of a segment does (not told)
     segments of 20 steps (5 on Atari; here not told); the network of DQN 2013 on one RGB view, then
       256 LSTM cells (on Atari that of DQN 2015, on four screens; here not told)
-    learning rate 2e-4 (searched), falling to 0; RMSProp's decay 0.99, epsilon 1e-7, gradient norm
-      40; discount 0.99 and entropy cost 0.01 as on Atari, rewards as they are (not told)
+    learning rate 2e-4 (searched), falling to 0; RMSProp's decay 0.99, discount 0.99 and entropy
+      cost 0.01 as on Atari; its epsilon 1e-7, g at first 0, gradient norm 40, rewards as they are,
+      8 million steps (not told)
+    the LSTM's state goes on from segment to segment, its gradient does not (not told)
     gradient of V: (R - V) / 2 (2 (R - V)); evaluation samples from pi, as training does (not told)
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
     --plain, the task that MiniWorld or VizDoom itself sets, is none of the paper's;
@@ -26,8 +28,8 @@ Departures: ours (the paper's)
 
 Symbols: theta shared parameters; g running average of their squared gradients; T steps taken by
 all workers; a_tm1 taken in s_tm1 gives r_t and s_t; R n-step return; V value; pi policy.
-Shapes: K = 1 maze of a worker (of several MiniWorlds in a process only the one reset last shows its
-own walls), N <= t_max steps of a segment, A actions.
+Shapes: K = 1 maze of a worker (two MiniWorlds in one process would both show the walls of the one
+reset last), N <= t_max steps of a segment, A actions.
 """
 
 import copy
@@ -441,7 +443,7 @@ def visits(games: Sequence[dict]) -> dict[str, float]:
 def evaluate(
     net: MazeActorCritic, args: Args, film: Path | None = None, watch: Callable = lambda: None
 ) -> dict[str, float]:
-    """Scores of whole episodes in mazes of their own, played by sampling from pi.
+    """Scores of whole episodes with seeds of their own, played by sampling from pi.
 
     film: where to write the first episode as a GIF, the map beside the view. watch() is called at
     every step.

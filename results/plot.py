@@ -119,7 +119,7 @@ EXPERIMENTS = [
         tag="charts/episodic_return",
         y="return of a training episode",
         paper=50,
-        paper_label="paper: about 50, in larger mazes",
+        paper_label="paper: about 50, in Labyrinth",
         window=3,
     ),
     Experiment(
