@@ -10,7 +10,7 @@
     Run      python bayes_by_backprop.py --task regression --prior gaussian --prior-sigma-1 1
                --kl-weighting uniform --rho-init -3 --samples 5 --learning-rate 5e-3 --epochs 1000
     Result   16 to 24 times wider quartiles beyond the data than inside (seeds 1 to 3; a plain
-               network 1) in 50 s on one core of an AMD EPYC; paper: a drawing (figure 5)
+               network 1) in 38 to 50 s on one core of an AMD EPYC; paper: a drawing (figure 5)
     Run      python bayes_by_backprop.py --task bandit --prior gaussian --prior-sigma-1 0.368
                --kl-weighting uniform --rho-init -3
     Result   regret 6,575 after 50,000 mushrooms (seed 1), growing by 80 each 1,000 at the end, in
