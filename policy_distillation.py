@@ -3,36 +3,36 @@
     Paper    Rusu et al., "Policy distillation", ICLR 2016
     Shows    KL with a sharpened teacher beats MSE; 7 % of the weights keep the score (table B1);
                one student of several games beats a DQN trained on all of them (table B2)
-    Run      python policy_distillation.py --stage teacher --env-ids PongNoFrameskip-v4
-               --total-timesteps 1000000 --epsilon-timesteps 100000 --final-epsilon 0.01
-               --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4
-               --bfloat16 --run-dir runs/pong
-    Result   not yet measured
     Run      python policy_distillation.py --stage teacher --env-ids FreewayNoFrameskip-v4
-               --total-timesteps 1000000 --epsilon-timesteps 100000 --final-epsilon 0.01
+               --total-timesteps 350000 --epsilon-timesteps 100000 --final-epsilon 0.01
                --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4
-               --bfloat16 --run-dir runs/freeway
+               --run-dir runs/freeway
     Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --eval-every 2
-               --teachers runs/pong/checkpoint.pt
+    Run      python policy_distillation.py --stage teacher --env-ids QbertNoFrameskip-v4
+               --total-timesteps 350000 --epsilon-timesteps 100000 --final-epsilon 0.01
+               --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4
+               --run-dir runs/qbert
     Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 10 --eval-every 2
+    Run      python policy_distillation.py --total-rounds 4 --eval-every 2
                --teachers runs/freeway/checkpoint.pt
     Result   not yet measured
-    Run      python policy_distillation.py --total-rounds 20 --eval-every 4
-               --teachers runs/pong/checkpoint.pt runs/freeway/checkpoint.pt
+    Run      python policy_distillation.py --total-rounds 4 --eval-every 2
+               --teachers runs/qbert/checkpoint.pt
     Result   not yet measured
-    Run      python policy_distillation.py --stage teacher --total-timesteps 2000000
-               --epsilon-timesteps 200000 --final-epsilon 0.01 --target-period 1000
-               --learning-starts 10000 --optimizer adam --learning-rate 1e-4 --bfloat16
-               --teachers runs/pong/checkpoint.pt runs/freeway/checkpoint.pt
+    Run      python policy_distillation.py --total-rounds 8 --eval-every 2
+               --teachers runs/freeway/checkpoint.pt runs/qbert/checkpoint.pt
+    Result   not yet measured
+    Run      python policy_distillation.py --stage teacher --total-timesteps 350000
+               --epsilon-timesteps 100000 --final-epsilon 0.01 --target-period 1000
+               --learning-starts 10000 --optimizer adam --learning-rate 1e-4
+               --teachers runs/freeway/checkpoint.pt runs/qbert/checkpoint.pt
     Result   not yet measured
 
 Departures: ours (the paper's)
-    the Run lines: two games, Pong and Freeway (ten; three, with Q*bert); students of 10 rounds, of
-      two games 20 (500; of ten games 34,000 hours of play); DQNs of 1 million steps, Multi-DQN of 2
-      (50 million), whose exploration falls to 0.01 in a tenth of them (0.1 in 1 million), which
-      learn after 10,000 (50,000) and renew their target every 1,000, with Adam at 1e-4, in 16 bits
+    the Run lines: two games, Freeway and Q*bert (ten; three, with Pong); students of 4 rounds, of
+      two games 8 (500; of ten games 34,000 hours of play); DQNs and Multi-DQN of 350,000 steps (50
+      million), whose exploration falls to 0.01 in 100,000 (0.1 in 1 million), which learn after
+      10,000 (50,000) and renew their target every 1,000, with Adam at 1e-4
     30 games of an evaluation (100), begun with no-ops (human starts): compare the student's scores
       with its teacher's here, not with the paper's
     losses are means over minibatches of 32 (sums over the data; minibatches not told)

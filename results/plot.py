@@ -371,7 +371,7 @@ EXPERIMENTS.append(
         window=3,
     )
 )
-for game in ("pong", "freeway"):
+for game in ("freeway", "qbert"):
     EXPERIMENTS.append(
         Experiment(
             folder=f"policy_distillation/{game}",
