@@ -297,6 +297,13 @@ def test_math_defaults_are_those_of_every_machine(monkeypatch):
     assert dataclasses.asdict(again.Args()) == dataclasses.asdict(Args())
 
 
+def test_math_each_of_the_games_side_by_side_explores_on_its_own():
+    q, generator = torch.tensor([[0.0, 1.0, 0.0, 0.0]]).repeat(4000, 1), torch.Generator()
+    for epsilon in (0.0, 0.4, 1.0):
+        a = policy_distillation.epsilon_greedy(q, epsilon, generator.manual_seed(0))
+        assert (a != 1).float().mean().item() == pytest.approx(0.75 * epsilon, abs=0.03)
+
+
 # ---- DQN ----------------------------------------------------------------------------------------
 
 
@@ -514,6 +521,47 @@ def test_math_a_dqn_stops_at_its_last_step_and_is_evaluated_when_due(
     ]
     assert [step for step, due, *_ in reports if due] == evaluated
     assert [metrics["charts/SPS"] for *_, metrics, _ in reports] == [50, 50, 25]
+
+
+def test_math_the_target_network_follows_between_updates_too(tmp_path):
+    args = tiny_dqn(tmp_path, target_period=7, steps_per_update=5, learning_starts=1000)
+    net = policy_distillation.make_network(args, [2])
+    learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
+    torch.nn.init.constant_(net.outputs[0][0].bias, 9.0)
+    for steps, follows in ((6, False), (1, True)):
+        learner.learn(steps)
+        assert same(dict(learner.target_net.state_dict()), dict(net.state_dict())) == follows
+
+
+def test_math_multi_dqn_tells_each_games_scores_under_its_name(tmp_path):
+    """A game of Clock is of 7 steps and earns 28, one of Side of 10 and earns 10 at most."""
+    clock = "toy_games:Clock-v0"
+    args = tiny_dqn(tmp_path, env_ids=(SIDE, clock), learning_starts=1000)
+    net = policy_distillation.make_network(args, [2, 2])
+    learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
+    metrics = learner.learn(40)
+    assert metrics[f"charts/episodic_return/{clock}"] == 28
+    assert metrics[f"charts/episodic_return/{SIDE}"] <= 10
+    lengths = [metrics[f"charts/episodic_length/{env_id}"] for env_id in args.env_ids]
+    assert lengths == [10, 7]
+
+
+def test_math_dqn_draws_no_step_whose_successor_is_still_to_come(tmp_path, monkeypatch):
+    """After 21 steps the first of two games has had eleven, the second ten."""
+    args, ends = tiny_dqn(tmp_path, env_ids=(SIDE, THIRD), learning_starts=1000), []
+    learner = policy_distillation.DeepQLearner(
+        policy_distillation.make_network(args, [2, 3]), args, tmp_path / "memory"
+    )
+    learner.learn(21)
+    sample = ScreenMemory.sample
+
+    def note(memory, size, end):
+        ends.append(end)
+        return sample(memory, size, end)
+
+    monkeypatch.setattr(ScreenMemory, "sample", note)
+    learner.loss(1)
+    assert ends == [9]
 
 
 # ---- Games and replay ---------------------------------------------------------------------------
@@ -885,6 +933,41 @@ def test_math_pictures_show_the_policies_of_teacher_and_student(loss, tmp_path, 
         for who, heights in shown:
             logits = 2 * q[g] if who == "teacher" else scale * S[g]
             assert heights == pytest.approx(Categorical(logits=logits).probs.tolist())
+
+
+def test_math_evaluation_waits_for_every_game_that_it_began(monkeypatch):
+    """The n-th game lasts n steps and scores n: long ones count as much as short ones."""
+    begun = []
+
+    class Lasting:
+        s = np.zeros((84, 84, 4), np.uint8)
+
+        def __init__(self, *_):
+            begun.append(self)
+            self.begin(0)
+            self.n = len(begun)
+
+        def begin(self, seed):
+            self.t = 0
+
+        def step(self, a):
+            self.t += 1
+            over = self.t == self.n
+            return 0.0, over, False, {"episode": {"r": self.n, "l": 4 * self.n}} if over else {}
+
+    monkeypatch.setattr(policy_distillation, "Game", Lasting)
+    args, Q = Args(eval_episodes=4), lambda s: torch.zeros(len(s), 2)
+    found = policy_distillation.evaluate(Q, "a", args)
+    assert len(begun) == 4
+    expected = {"episodic_return": 2.5, "episodic_return_std": math.sqrt(1.25)}
+    assert found == pytest.approx(expected | {"episodic_length": 10})
+
+
+def test_math_no_percent_of_a_teacher_that_scores_0():
+    """As of Freeway, before the first crossing."""
+    metrics = scored({"a": 3.0, "b": 30.0}, [0.0, 10.0])
+    assert "eval/percent_of_teacher/a" not in metrics and "eval/geometric_mean" not in metrics
+    assert metrics["eval/percent_of_teacher/b"] == 300
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
@@ -1361,6 +1444,72 @@ def test_bad_input_a_loss_that_explodes_stops_the_run(tmp_path):
         policy_distillation.learn_from_memories(net, optimizer, [memory], args, 4)
 
 
+@pytest.mark.parametrize(("halves", "collected"), [(0, 0), (1, 1), (2, 1), (3, 2)])
+def test_math_a_resumed_run_has_the_rounds_played_that_it_lacks(
+    halves, collected, tmp_path, monkeypatch
+):
+    given = []
+
+    @contextmanager
+    def nobody(args, folder, teachers, games, rounds, wanted, log):
+        given.append((games, rounds, wanted.value))
+        yield
+
+    monkeypatch.setattr(policy_distillation, "collectors_at_work", nobody)
+    monkeypatch.setattr(policy_distillation, "collect", lambda *_: ("later", {}))
+    for name in ("learn_from_memories", "draw_policies"):
+        monkeypatch.setattr(policy_distillation, name, lambda *_: {})
+    args, net = tiny(tmp_path, env_ids=(SIDE,)), GameNetwork(WIDTHS["net3"], [2])
+    teachers = torch.nn.ModuleList([hand_made_teacher(2)])
+    parts = {"net": net, "teachers": teachers}
+    parts["optimizer"] = policy_distillation.make_optimizer(net, args)
+    checkpoint = {name: part.state_dict() for name, part in parts.items()}
+    checkpoint |= {"halves": halves, "games": "as they stand"}
+    reports = policy_distillation.distill(net, teachers, args, tmp_path / "memory", checkpoint)
+    assert [state["halves"] for *_, state in reports] == [*range(halves + 1, 5)]
+    assert given == [("as they stand", collected, collected)]
+
+
+def test_math_another_seed_means_other_games_and_another_exploration(tmp_path, monkeypatch):
+    """Of evaluation, collectors and DQN."""
+    evaluated, collected, learned, explored = [], [], [], []
+    init = Game.__init__
+
+    def note(game, env_id, training, seed, actions=()):
+        into.append(seed)
+        init(game, env_id, training, seed, actions)
+
+    def demonstrate(games, teacher, write, times, seed, args):
+        explored.append(seed)
+        return []
+
+    monkeypatch.setattr(Game, "__init__", note)
+    monkeypatch.setattr(policy_distillation, "demonstrate", demonstrate)
+    for seed in (1, 2):
+        args, into = tiny(tmp_path, env_ids=(SIDE,), seed=seed), evaluated
+        policy_distillation.evaluate(lambda s: torch.zeros(len(s), 2), SIDE, args)
+        into, given = collected, (args, tmp_path / "memory", [hand_made_teacher(2)])
+        collect_here(monkeypatch, 0, given, None, 0, 2)
+        into, args = learned, tiny_dqn(tmp_path, seed=seed)
+        policy_distillation.DeepQLearner(GameNetwork(WIDTHS["net3"], [2]), args, tmp_path / "dqn")
+    for seeds, count in ((evaluated, 8), (collected, 4), (explored, 4), (learned, 2)):
+        assert len(set(seeds)) == count
+
+
+def test_math_a_high_score_differs_from_an_evaluation_by_its_seed_alone(monkeypatch):
+    args, asked = Args(eval_epsilon=0.2, eval_episodes=7, seed=5), []
+
+    def evaluate(Q, env_id, given):
+        asked.append((Q, env_id, given))
+        return {"episodic_return": 1.0}
+
+    monkeypatch.setattr(policy_distillation, "evaluate", evaluate)
+    net, teacher = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    learner = SimpleNamespace(net=net, high_score=-math.inf, learn=lambda steps: {})
+    policy_distillation.renew_teacher(learner, teacher, args)
+    assert asked == [(net, args.env_ids[0], dataclasses.replace(args, seed=6))]
+
+
 # ---- Bad input ----------------------------------------------------------------------------------
 
 DISTILL = {"teachers": ("side.pt",)}
@@ -1541,3 +1690,15 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
         policy_distillation.main(dataclasses.replace(base(tmp_path, run_dir=where), **flags))
     assert isinstance(stop.value.code, str)  # so the exit code is 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_input_a_round_of_two_games_that_is_too_short_or_too_long(tmp_path):
+    """Eight games side by side, four of each kind, whose replays a round may just fill."""
+    given = {"env_ids": (SIDE, THIRD), "teachers": ("a.pt", "b.pt")}
+    for steps, memory in ((8, 4), (15, 4), (240, 120)):
+        fits = tiny(tmp_path, **given, round_steps=steps, memory_steps=memory)
+        policy_distillation.check_flags(fits)
+    with pytest.raises(SystemExit, match="--round-steps 7 must give each of 8 games side by side"):
+        policy_distillation.check_flags(tiny(tmp_path, **given, round_steps=7))
+    with pytest.raises(SystemExit, match="among 2 games, must fit into the --memory-steps 119 of"):
+        policy_distillation.check_flags(tiny(tmp_path, **given, memory_steps=119))
