@@ -98,6 +98,9 @@ for seed in 1 2 3; do
     done
 done
 
+# policy_distillation.py: teachers
+python policy_distillation.py --stage teacher --env-ids QbertNoFrameskip-v4 --total-timesteps 350000 --epsilon-timesteps 100000 --final-epsilon 0.01 --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4 --run-dir runs/policy_distillation/qbert_teacher
+
 # straw.py: mazes of 11x11
 python straw.py --model straw --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --commitment-cost 5e-4 --total-timesteps 10000000 --run-dir runs/straw/maze_11/straw__seed1
 python straw.py --model strawe --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --commitment-cost 5e-4 --total-timesteps 10000000 --run-dir runs/straw/maze_11/strawe__seed1

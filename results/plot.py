@@ -371,7 +371,7 @@ EXPERIMENTS.append(
         window=3,
     )
 )
-for game in ("freeway", "qbert"):
+for game in ("qbert", "freeway"):
     EXPERIMENTS.append(
         Experiment(
             folder=f"policy_distillation/{game}",
@@ -379,6 +379,15 @@ for game in ("freeway", "qbert"):
             tag="charts/agreement",
             y="screens on which student and teacher agree (share)",
             x=(UPDATES,),
+        )
+    )
+for game in ("qbert", "freeway"):
+    EXPERIMENTS.append(
+        Experiment(
+            folder=f"policy_distillation/{game}_teacher",
+            title=f"DQN on {game.capitalize()}, to be a teacher",
+            tag="charts/episodic_return",
+            y="score of a training game",
         )
     )
 
