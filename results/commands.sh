@@ -99,6 +99,7 @@ for seed in 1 2 3; do
 done
 
 # policy_distillation.py: teachers
+python policy_distillation.py --stage teacher --env-ids FreewayNoFrameskip-v4 --total-timesteps 350000 --epsilon-timesteps 100000 --final-epsilon 0.01 --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4 --run-dir runs/policy_distillation/freeway_teacher
 python policy_distillation.py --stage teacher --env-ids QbertNoFrameskip-v4 --total-timesteps 350000 --epsilon-timesteps 100000 --final-epsilon 0.01 --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4 --run-dir runs/policy_distillation/qbert_teacher
 
 # straw.py: mazes of 11x11

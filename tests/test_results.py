@@ -30,6 +30,7 @@ KEPT = {  # rows of results/README.md: the runs that they are the mean of, their
     "A3C, Pendulum": ("a3c_continuous/pendulum/seed*.csv", RETURN),
     "A3C, Reacher": ("a3c_continuous/reacher/seed*.csv", RETURN),
     "A3C, HalfCheetah": ("a3c_continuous/half_cheetah/seed*.csv", RETURN),
+    "DQN, Freeway, to be a teacher": ("policy_distillation/freeway_teacher/seed*.csv", RETURN),
     "DQN, Q*bert, to be a teacher": ("policy_distillation/qbert_teacher/seed*.csv", RETURN),
     "PRONG, CIFAR-10": ("prong/cifar10/prong__seed*.csv", "eval/validation_error"),
     "Bayes by Backprop, MNIST": ("bayes_by_backprop/mnist/mixture__seed*.csv", "eval/error"),
