@@ -1792,6 +1792,20 @@ def test_math_text_comes_from_the_file_or_the_folder_of_data(tmp_path, monkeypat
     ]
 
 
+def test_math_a_maze_without_visits_to_a_kind_of_place_does_not_count_there():
+    """One corridor with a corner: the second maze was left before anybody turned."""
+    walls = np.ones((5, 5), int)
+    walls[1, 1:4] = walls[1:4, 3] = 0  # turns at (1, 3), corridors at (1, 2) and (2, 3)
+    visits, replans = np.zeros((2, 5, 5), int)
+    visits[1, 2] = visits[1, 3] = 4
+    replans[1, 2], replans[1, 3] = 1, 3
+    elsewhere, none = visits.copy(), np.zeros_like(replans)
+    elsewhere[1, 3] = 0
+    found = straw.replan_rates([(walls, visits, replans), (walls, elsewhere, none)])
+    assert found["eval/replans_at_turns"] == 75 and found["eval/replans_at_turns_std"] == 0
+    assert found["eval/replans_in_corridors"] == 12.5
+
+
 def test_commitments_may_begin_long():
     """A negative bias is no bad input: plans change less often at first."""
     args = Args(model="straw", commitment_bias=-3.0)
