@@ -8,9 +8,9 @@
                --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4
                --run-dir runs/freeway
     Result   21.5 points a game (deviation of 30 games 1.4, seed 1), what going up all the time
-               earns in the same games, in 122 min, resumed once, on one core of an AMD EPYC with AVX2 alone,
-               another run and tests beside it; paper: a teacher of 25.8 after 50 million steps,
-               human starts
+               earns in the same games, in 122 min, resumed once, on one core of an AMD EPYC with
+               AVX2 alone, another run and tests beside it; paper: a teacher of 25.8 after 50
+               million steps, human starts
     Run      python policy_distillation.py --stage teacher --env-ids QbertNoFrameskip-v4
                --total-timesteps 350000 --epsilon-timesteps 100000 --final-epsilon 0.01
                --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4
