@@ -4,7 +4,8 @@
     python results/scaling.py --part rates     # the toy game, random learning rates
     python results/scaling.py --part bundles   # the toy game, Gorila's bundles
     python results/scaling.py --env-id PongNoFrameskip-v4 --envs-per-worker 8 --seeds 1
-        --learning-rate 7e-4 --reference -19.5 --max-timesteps 4000000 --report-every 50000
+        --learning-rate 7e-4 --reference -19.5 --max-timesteps 3000000 --report-every 50000
+        --target-period 10000 --epsilon-timesteps 1000000
 
 Calls the scripts as a user would. A run ends at --reference (mean return of a report; not in part
 rates), any run after --max-timesteps. Each becomes a line of results/scaling/GAME_PART.csv, and
@@ -27,7 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -53,8 +54,10 @@ PAPER = {  # table 2: times faster in wall time with 1, 2, 4, 8, 16 threads, mea
     "n-step Q": (1.0, 2.7, 5.9, 10.7, 17.2),
     "A3C": (1.0, 2.1, 3.7, 6.9, 12.5),
 }
+INTERRUPTED = threading.Event()
 SETTINGS = ("method", "workers", "seed", "learning_rate")
 SHARED = ("reference", "max_timesteps", "report_every", "envs_per_worker")  # by all runs
+SHARED += ("target_period", "epsilon_timesteps")
 FOUND = ("steps", "updates", "minutes", "score")  # updates: of Gorila's server
 
 
@@ -73,6 +76,8 @@ class Args:
     report_every: int = 2_000  # steps
     cores: int = 0  # that runs share, a core a worker, side by side as they fit; 0: one by one
     envs_per_worker: int = 1  # games of a worker (not of Gorila's)
+    target_period: int = 0  # steps, Gorila's: updates; 0: a hundredth of max_timesteps
+    epsilon_timesteps: int = 0  # until exploration has fallen; 0: a tenth of max_timesteps
 
 
 @dataclass
@@ -122,7 +127,8 @@ def follow(run_dir: Path, args: Args, process: subprocess.Popen) -> tuple:
                 return *here[:-1], float(np.mean(scores)) if scores else -np.inf
         if ended:
             raise SystemExit(f"{' '.join(process.args)} ended before its time: try it by hand.")
-        time.sleep(0.5)
+        if INTERRUPTED.wait(0.5):
+            raise SystemExit("Stopped.")
 
 
 def measure(run: Run, args: Args) -> list:
@@ -139,14 +145,16 @@ def measure(run: Run, args: Args) -> list:
     if run.method == "Gorila":  # an update every four steps
         flags |= {"num-actors": run.workers, "num-learners": run.workers}
         flags |= {"replay-capacity": args.max_timesteps, "learning-starts": 1_000}
-        flags["target-period"] = max(1, args.max_timesteps // 400)
-        flags["epsilon-updates"] = max(1, args.max_timesteps // 40)
+        flags["target-period"] = args.target_period or max(1, args.max_timesteps // 400)
+        fall = args.epsilon_timesteps or max(1, args.max_timesteps // 10)
+        flags["epsilon-updates"] = max(1, fall // 4)
     else:
         flags |= {"num-workers": run.workers, "envs-per-worker": args.envs_per_worker}
         flags |= {"orthogonal-init": None, "rmsprop-eps": 1e-3}
         if run.method != "A3C":
-            flags["target-period"] = max(1, args.max_timesteps // 100)
-            flags["epsilon-timesteps"] = max(1, args.max_timesteps // 10)
+            flags["target-period"] = args.target_period or max(1, args.max_timesteps // 100)
+            fall = args.epsilon_timesteps or max(1, args.max_timesteps // 10)
+            flags["epsilon-timesteps"] = fall
     command = [sys.executable, *(METHODS | GORILA)[run.method]]
     for flag, value in flags.items():
         command += [f"--{flag}"] if value is None else [f"--{flag}", str(value)]
@@ -170,16 +178,20 @@ def measure_all(runs: list[Run], args: Args) -> Iterator[list]:
     """Rows as they come; a run begins when --cores has as many free ones as it has workers."""
     cores, going = max(args.cores, 1), {}  # going: the cores of each run
     waiting = sorted(runs, key=lambda run: (run.seed, -run.workers)) if args.cores else list(runs)
+    INTERRUPTED.clear()
     with ThreadPoolExecutor(cores) as pool:
-        while waiting or going:
-            for run in list(waiting):
-                needed = min(run.workers, cores)
-                if needed <= cores - sum(going.values()):
-                    waiting.remove(run)
-                    going[pool.submit(measure, run, args)] = needed
-            for ended in wait(going, return_when=FIRST_COMPLETED).done:
-                del going[ended]
-                yield ended.result()
+        try:
+            while waiting or going:
+                for run in list(waiting):
+                    needed = min(run.workers, cores)
+                    if needed <= cores - sum(going.values()):
+                        waiting.remove(run)
+                        going[pool.submit(measure, run, args)] = needed
+                for ended in wait(going, return_when=FIRST_COMPLETED).done:
+                    del going[ended]
+                    yield ended.result()
+        finally:
+            INTERRUPTED.set()  # whatever has come between: the other runs end, too
 
 
 def read(path: Path, args: Args) -> list[dict[str, str]]:

@@ -4,6 +4,8 @@ import ast
 import csv
 import importlib
 import re
+import shutil
+import subprocess
 import sys
 import time
 from decimal import Decimal
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from running import processes_of, wait_for
 from test_house_style import RESULTS, table
 
 FOLDER = Path(__file__).parent.parent / "results"
@@ -251,12 +254,15 @@ def test_scaling_reads_only_runs_of_the_same_flags(tmp_path):
     path, args = tmp_path / "runs.csv", scaling.Args(reference=0.5, max_timesteps=100)
     assert scaling.read(path, args) == []
     path.write_text(
-        "score,reference,max_timesteps,report_every,envs_per_worker\n"
-        "1,0.5,100,2000,1\n"
-        "2,0.7,100,2000,1\n"
-        "3,0.5,900,2000,1\n"
-        "4,0.5,100,5000,1\n"
-        "5,0.5,100,2000,8\n"
+        "score,reference,max_timesteps,report_every,envs_per_worker,"
+        "target_period,epsilon_timesteps\n"
+        "1,0.5,100,2000,1,0,0\n"
+        "2,0.7,100,2000,1,0,0\n"
+        "3,0.5,900,2000,1,0,0\n"
+        "4,0.5,100,5000,1,0,0\n"
+        "5,0.5,100,2000,8,0,0\n"
+        "6,0.5,100,2000,1,7,0\n"
+        "7,0.5,100,2000,1,0,7\n"
     )
     assert [row["score"] for row in scaling.read(path, args)] == ["1"]
 
@@ -292,6 +298,27 @@ def test_scaling_runs_share_the_cores(cores, most, monkeypatch):
         list(scaling.measure_all(runs, scaling.Args(cores=cores)))
 
 
+@pytest.mark.parametrize("cores", [0, 2])
+def test_scaling_leaves_no_run_behind(cores, tmp_path):
+    """A copy of the scripts, whose runs would last for hours."""
+    for part in ("a3c_atari.py", "async_nstep_q.py"):
+        shutil.copy(FOLDER.parent / part, tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "tests").mkdir()
+    shutil.copy(FOLDER / "scaling.py", tmp_path / "results")
+    shutil.copy(FOLDER.parent / "tests" / "toy_games.py", tmp_path / "tests")
+    command = [sys.executable, "results/scaling.py", "--workers", "1", "--reference", "9"]
+    command += ["--max-timesteps", "9000000", "--seeds", "1", "--cores", str(cores)]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: len(processes_of(process)) == max(cores, 1), 60)
+        runs = processes_of(process)
+    finally:
+        process.terminate()
+    process.wait(timeout=60)
+    assert not any(Path(f"/proc/{run}").exists() for run in runs)
+
+
 def test_scaling_measures_a_run_as_a_user_would_start_it(monkeypatch):
     commands, signals = [], []
 
@@ -306,11 +333,13 @@ def test_scaling_measures_a_run_as_a_user_would_start_it(monkeypatch):
 
     monkeypatch.setattr(scaling.subprocess, "Popen", start)
     flags = [4, 2, 0.003, 0.5, 1000, 20]
-    assert measure("A3C", 0.5) == ["A3C", *flags, 1, 40, "", "1.500", "0.500"]
-    assert measure("n-step Q", 0.4) == ["n-step Q", *flags, 1, "", "", "", "0.400"]
+    assert measure("A3C", 0.5) == ["A3C", *flags, 1, 0, 0, 40, "", "1.500", "0.500"]
+    assert measure("n-step Q", 0.4) == ["n-step Q", *flags, 1, 0, 0, "", "", "", "0.400"]
     measure("Gorila", 0.5)
-    measure("one-step Sarsa", 0.5, envs_per_worker=8)
-    assert signals == [scaling.signal.SIGTERM] * 4
+    given = {"target_period": 70, "epsilon_timesteps": 400}
+    measure("one-step Sarsa", 0.5, envs_per_worker=8, **given)
+    measure("Gorila", 0.5, **given)
+    assert signals == [scaling.signal.SIGTERM] * 5
     weights = "--orthogonal-init --rmsprop-eps 0.001"
     exploration = "--target-period 10 --epsilon-timesteps 100"
     expected = (
@@ -326,7 +355,13 @@ def test_scaling_measures_a_run_as_a_user_would_start_it(monkeypatch):
         ),
         (
             "async_nstep_q.py --algorithm onestep-sarsa",
-            f"--num-workers 4 --envs-per-worker 8 {weights} {exploration}",
+            f"--num-workers 4 --envs-per-worker 8 {weights}"
+            " --target-period 70 --epsilon-timesteps 400",
+        ),
+        (
+            "gorila_dqn.py",
+            "--num-actors 4 --num-learners 4 --replay-capacity 1000 --learning-starts 1000"
+            " --target-period 70 --epsilon-updates 100",
         ),
     )
     for command, (script, own) in zip(commands, expected, strict=True):
