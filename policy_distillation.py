@@ -78,7 +78,7 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -450,7 +450,8 @@ def evaluate_games(
         found = evaluate(partial(net, game=g), env_id, args)
         if len(teachers) > 0:
             if g not in known:
-                known[g] = evaluate(teachers[g], env_id, args)["episodic_return"]
+                teacher = on_device(teachers[g], args)
+                known[g] = evaluate(teacher, env_id, args)["episodic_return"]
             ours, theirs = found["episodic_return"], known[g]
             found["teacher_return"] = theirs
             if theirs > 0:
@@ -472,11 +473,19 @@ def evaluate_games(
 
 def make_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
     """For students and DQN alike."""
+    parameters = list(net.parameters())
+    given = {"lr": args.learning_rate, "capturable": parameters[0].is_cuda}  # by a CUDA graph
     if args.optimizer == "adam":
-        return torch.optim.Adam(net.parameters(), args.learning_rate, fused=True)
+        return torch.optim.Adam(parameters, fused=True, **given)
     eps = args.learning_rate / args.max_learning_rate  # so that rate / (deviation + eps) < maximum
-    rmsprop = partial(torch.optim.RMSprop, alpha=0.95, eps=eps, centered=True)
-    return rmsprop(net.parameters(), args.learning_rate)
+    return torch.optim.RMSprop(parameters, alpha=0.95, eps=eps, centered=True, **given)
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """An optimizer's state, that of another device, too."""
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        saved["capturable"] = group["capturable"]
+    optimizer.load_state_dict(state)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -486,12 +495,39 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
+def recorded(compute: Callable[..., Tensor], args: Args) -> Callable[..., Tensor]:
+    """The same function of a game and tensors, made fast on a GPU.
+
+    A GPU is done with a small network before Python has launched the next layer. So there the
+    fourth call for a game is recorded as a CUDA graph and repeated with the tensors that follow.
+    """
+    calls, graphs, device = Counter(), {}, choose_device(args.device)
+
+    def repeat(g: int, *given: Tensor) -> Tensor:
+        calls[g] += 1
+        if device == "cpu" or calls[g] < 4:
+            return compute(g, *given)
+        if g not in graphs:
+            inputs, graph = [part.to(device) for part in given], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                graphs[g] = graph, inputs, compute(g, *inputs)
+        graph, inputs, output = graphs[g]
+        for there, here in zip(inputs, given, strict=True):
+            there.copy_(here)
+        graph.replay()
+        return output.clone()
+
+    return repeat
+
+
 class DeepQLearner:
     """DQN (Mnih et al. 2015) on one game; on several in turn, with one network, Multi-DQN."""
 
     def __init__(self, net: GameNetwork, args: Args, folder: Path):
         self.net, self.target_net, self.args = net, copy.deepcopy(net), args
         self.optimizer = make_optimizer(net, args)
+        self.q = recorded(lambda g, s: net(s, g), args)
+        self.descend = recorded(self.update, args)
         self.steps, self.high_score = 0, -math.inf  # the latter with --online
         seeds = independent_seeds(len(args.env_ids), args.seed, 1 + args.num_collectors)
         self.games = [Game(i, True, seed) for i, seed in zip(args.env_ids, seeds, strict=True)]
@@ -512,8 +548,9 @@ class DeepQLearner:
 
     def load_state_dict(self, state: dict) -> None:
         """The games are played again, up to where they were."""
-        for name in ("net", "target_net", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
+        self.net.load_state_dict(state["net"])
+        self.target_net.load_state_dict(state["target_net"])
+        restore(self.optimizer, state["optimizer"])
         self.games = [Game(i, True, *game) for i, game in zip(self.args.env_ids, state["games"])]
         self.steps, self.high_score = state["steps"], state["high_score"]
 
@@ -522,7 +559,7 @@ class DeepQLearner:
         game = self.games[g]
         s, age = torch.from_numpy(game.s)[None], game.age
         with torch.no_grad():
-            a = int(epsilon_greedy(self.net(s, g).cpu(), epsilon))
+            a = int(epsilon_greedy(self.q(g, s).cpu(), epsilon))
         r_t, terminated, truncated, info = game.step(a)
         values = torch.tensor([[a, np.clip(r_t, -1, 1), terminated, truncated and not terminated]])
         self.memories[g].write(slice(0, 1), self.steps // len(self.games), s, [age], values)
@@ -530,16 +567,26 @@ class DeepQLearner:
             game.begin(int(torch.randint(2**31, ())))
         return info
 
-    def loss(self, g: int) -> tuple[Tensor, Tensor]:
-        """Of a minibatch of game g; and its Q-values."""
+    def minibatch(self, g: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of game g: screens s_tm1, what the memory keeps of the step, screens s_t."""
         memory = self.memories[g]
         lane, tm1 = memory.sample(self.args.batch_size, self.steps // len(self.games) - 1)
+        return memory.stacks(lane, tm1), memory.values_at(lane, tm1), memory.stacks(lane, tm1 + 1)
+
+    def loss(self, g: int, s_tm1: Tensor, step: Tensor, s_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a minibatch of game g; and its Q-values."""
         with torch.no_grad():
-            q_t = self.target_net(memory.stacks(lane, tm1 + 1), g, self.args.bfloat16)
-        q_tm1 = self.net(memory.stacks(lane, tm1), g, self.args.bfloat16)
-        a_tm1, r_t, terminated, truncated = memory.values_at(lane, tm1).to(q_t.device).unbind(-1)
+            q_t = self.target_net(s_t, g, self.args.bfloat16)
+        q_tm1 = self.net(s_tm1, g, self.args.bfloat16)
+        a_tm1, r_t, terminated, truncated = step.to(q_t.device).unbind(-1)
         y = dqn_targets(r_t, terminated, q_t, self.args.discount)
         return td_loss(q_tm1, a_tm1.long(), y, 1 - truncated), q_tm1
+
+    def update(self, g: int, *minibatch: Tensor) -> Tensor:
+        """Learns from a minibatch of game g; its loss and mean Q-value."""
+        loss, q = self.loss(g, *minibatch)
+        update(self.optimizer, loss)
+        return torch.stack([loss.detach(), q.detach().mean()])
 
     def learn(self, steps: int) -> dict[str, float]:
         """Play and learn for some steps of all games together; the means of what was watched."""
@@ -554,11 +601,11 @@ class DeepQLearner:
                     tag = named(f"charts/{name}", args.env_ids[g], args)
                     watched[tag].append(float(info["episode"][key]))
             if self.steps % args.steps_per_update == 0 and self.steps // n > args.learning_starts:
-                loss, q = self.loss(self.steps // args.steps_per_update % n)
-                refuse_infinity(loss.item(), f"of the DQN at step {self.steps}")
-                update(self.optimizer, loss)
-                watched["losses/td_loss"].append(loss.item())  # Huber
-                watched["losses/q_values"].append(q.mean().item())
+                g = self.steps // args.steps_per_update % n
+                loss, q = self.descend(g, *self.minibatch(g)).tolist()
+                refuse_infinity(loss, f"of the DQN at step {self.steps}")
+                watched["losses/td_loss"].append(loss)  # Huber
+                watched["losses/q_values"].append(q)
             if self.steps % args.target_period == 0:
                 self.target_net.load_state_dict(self.net.state_dict())
         means = {tag: float(np.mean(values)) for tag, values in sorted(watched.items())}
@@ -584,10 +631,11 @@ def demonstrate(
     It acts epsilon-greedily, and for each step write(t, screens, ages, q) keeps its Q-values.
     """
     generator, returns = torch.Generator().manual_seed(seed), []
+    Q = recorded(lambda _, s: teacher(s), args)
     for t in times:
         s = torch.from_numpy(np.stack([game.s for game in games]))
         with torch.no_grad():
-            q = teacher(s)
+            q = Q(0, s).cpu()
         write(t, s, [game.age for game in games], q)
         for game, a in zip(games, epsilon_greedy(q, args.teacher_epsilon, generator).tolist()):
             *_, info = game.step(a)
@@ -630,6 +678,7 @@ def collector(
         rounds += 1
         seeds = independent_seeds(len(kinds), args.seed, 1 + rank, rounds)
         for games, teacher, memory, seed in zip(kinds, teachers, memories, seeds, strict=True):
+            teacher = on_device(teacher, args)
             write = partial(memory.write, slice(rank * K, (rank + 1) * K))
             bar = tqdm(times, unit=f" x {K} steps", position=rank, leave=False, disable=None)
             returns.append(demonstrate(games, teacher, write, bar, seed, args))
@@ -674,17 +723,23 @@ def learn_from_memories(
 ) -> dict[str, float]:
     """The updates of a round, each on a minibatch of one game; the means of what was watched."""
     watched, start = defaultdict(list), time.perf_counter()
+
+    def learn(g: int, s: Tensor, q: Tensor) -> Tensor:
+        S = net(s, g, args.bfloat16)
+        q = q.to(S.device)
+        loss = distillation_loss(S, q, args)
+        update(optimizer, loss)
+        return torch.stack([loss.detach(), (S.argmax(-1) == q.argmax(-1)).float().mean()])
+
+    learn = recorded(learn, args)
     for _ in tqdm(range(args.round_updates), unit="update", leave=False, disable=None):
         g = int(torch.randint(len(memories), ()))
         lane, t = memories[g].sample(args.batch_size, end)
-        S = net(memories[g].stacks(lane, t), g, args.bfloat16)
-        q = memories[g].values_at(lane, t).to(S.device)
-        loss = distillation_loss(S, q, args)
-        refuse_infinity(loss.item(), f"after {end} steps in each of the games played")
-        update(optimizer, loss)
-        agreement = (S.argmax(-1) == q.argmax(-1)).float().mean()
-        watched[named(f"losses/{args.loss}", args.env_ids[g], args)].append(loss.item())
-        watched[named("charts/agreement", args.env_ids[g], args)].append(agreement.item())  # share
+        minibatch = memories[g].stacks(lane, t), memories[g].values_at(lane, t)
+        loss, agreement = learn(g, *minibatch).tolist()
+        refuse_infinity(loss, f"after {end} steps in each of the games played")
+        watched[named(f"losses/{args.loss}", args.env_ids[g], args)].append(loss)
+        watched[named("charts/agreement", args.env_ids[g], args)].append(agreement)  # share
     means = {tag: float(np.mean(values)) for tag, values in sorted(watched.items())}
     means["charts/learning_rate"] = args.learning_rate
     return means | {"charts/UPS": args.round_updates / (time.perf_counter() - start)}
@@ -805,6 +860,12 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no GPU here; leave the flag out.")
     return name
+
+
+def on_device(teacher: GameNetwork, args: Args) -> GameNetwork:
+    """A teacher to play with; the processes share the one that stays in memory."""
+    device = choose_device(args.device)
+    return teacher if device == "cpu" else copy.deepcopy(teacher).to(device)
 
 
 def keep_memory() -> None:
@@ -959,7 +1020,7 @@ def film_games(net: GameNetwork, teachers: nn.ModuleList, args: Args, run_dir: P
     """
     for g, env_id in enumerate(args.env_ids):
         films = []
-        for Q in (*teachers[g : g + 1], partial(net, game=g)):
+        for Q in (*(on_device(i, args) for i in teachers[g : g + 1]), partial(net, game=g)):
             films.append([])
             evaluate(Q, env_id, replace(args, eval_episodes=1), films[-1])
         for film in films:
@@ -1035,7 +1096,9 @@ def distill(
         parts["learner"] = DeepQLearner(learning, args, folder)
     halves, games = checkpoint.get("halves", 0), checkpoint.get("games")  # over; as they stand
     for name, part in parts.items():
-        if checkpoint:
+        if checkpoint and name == "optimizer":
+            restore(part, checkpoint[name])
+        elif checkpoint:
             part.load_state_dict(checkpoint[name])
     size, whole = (sum(p.numel() for p in i.parameters()) for i in (net, teachers[0]))
     tqdm.write(f"The student has {size:,} parameters, {100 * size / whole:.1f} % of a teacher's.")

@@ -355,7 +355,7 @@ def test_math_dqn_learner_stores_what_happened_and_learns_from_the_successor(tmp
         return torch.zeros(len(s), 2)
 
     monkeypatch.setattr(GameNetwork, "forward", forward)
-    learner.loss(1)
+    learner.loss(1, *learner.minibatch(1))
     (first, g, s_t), (second, h, s_tm1) = seen
     assert first is learner.target_net and second is learner.net and g == h == 1
     assert all(after == (before + 1) % 7 for before, after in zip(s_tm1, s_t))
@@ -398,7 +398,7 @@ def test_gradient_dqn_reaches_its_network_and_not_the_target(tmp_path):
     net = policy_distillation.make_network(args, [2])
     learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
     learner.learn(20)
-    loss, _ = learner.loss(0)
+    loss, _ = learner.loss(0, *learner.minibatch(0))
     loss.backward()
     assert learner.net.outputs[0][0].weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in learner.target_net.parameters())
@@ -415,7 +415,7 @@ def test_math_learning_in_16_bits_rounds_features_but_no_outputs(tmp_path, monke
         outputs.register_forward_hook(lambda _, x, y: seen.append((*x, y)))
     learner.learn(20)  # acts alone
     acted = len(seen)
-    learner.loss(0)
+    learner.loss(0, *learner.minibatch(0))
     optimizer = policy_distillation.make_optimizer(learner.net, args)
     policy_distillation.learn_from_memories(learner.net, optimizer, learner.memories, args, 15)
     assert (acted, len(seen)) == (20, 23)
@@ -431,7 +431,7 @@ def test_math_dqn_updates_when_due_game_by_game_and_renews_its_target(tmp_path, 
     learner = policy_distillation.DeepQLearner(net, args, tmp_path / "memory")
     updates, targets = [], []
 
-    def loss(g):
+    def loss(g, *minibatch):
         updates.append((learner.steps, g))
         targets.append(same(learner.target_net.state_dict(), net.state_dict()))
         q = net(torch.zeros(1, 84, 84, 4, dtype=torch.uint8), g)
@@ -472,7 +472,7 @@ def test_math_dqn_loss_is_that_of_a_loop_over_the_steps_it_stored(tmp_path, monk
             error = abs(y - q(learner.net, t)[a])
             huber = error**2 / 2 if error < 1 else error - 1 / 2
             losses.append(0 if over and truncates else huber)
-        loss, q_tm1 = learner.loss(g)
+        loss, q_tm1 = learner.loss(g, *learner.minibatch(g))
         assert loss.item() == pytest.approx(np.mean(losses), rel=1e-6) and len(q_tm1) == 9
 
 
@@ -560,8 +560,57 @@ def test_math_dqn_draws_no_step_whose_successor_is_still_to_come(tmp_path, monke
         return sample(memory, size, end)
 
     monkeypatch.setattr(ScreenMemory, "sample", note)
-    learner.loss(1)
+    learner.loss(1, *learner.minibatch(1))
     assert ends == [9]
+
+
+def test_a_gpu_repeats_what_it_recorded_for_a_game_with_new_tensors(monkeypatch):
+    """Stand-ins: a device that is none of the names, a graph that computes again when replayed."""
+    recording, calls, weight = [], [], torch.tensor([1.0])
+
+    @contextmanager
+    def graph(stand_in):
+        recording.append(stand_in)
+        yield
+        recording.pop()
+
+    def compute(g, x):
+        calls.append(g)
+        output = weight * x * (g + 1)
+        for stand_in in recording:
+            stand_in.replay = lambda: output.copy_(weight * x * (g + 1))
+        return output
+
+    monkeypatch.setattr(policy_distillation, "choose_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    repeat = policy_distillation.recorded(compute, Args())
+    outputs = []
+    for n in range(6):
+        for g in range(2):
+            weight.fill_(n)
+            outputs.append((repeat(g, torch.tensor([10.0 + n])), n * (10 + n) * (g + 1)))
+    assert [float(found) for found, _ in outputs] == [expected for _, expected in outputs]
+    assert calls == [0, 1] * 4  # the fourth is the recorded one
+
+    monkeypatch.undo()
+    repeat = policy_distillation.recorded(compute, Args(device="cpu"))
+    assert [float(repeat(1, torch.tensor([2.0]))) for _ in range(6)] == [20.0] * 6
+    assert len(calls) == 14
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
+def test_an_optimizers_state_may_come_from_another_device(optimizer):
+    net = GameNetwork(WIDTHS["net3"], [2])
+    ours = policy_distillation.make_optimizer(net, Args(optimizer=optimizer))
+    policy_distillation.update(ours, net(torch.zeros(1, 84, 84, 4, dtype=torch.uint8)).sum())
+    state = ours.state_dict()
+    state["param_groups"][0]["capturable"] = True  # as a GPU's is
+    policy_distillation.restore(ours, state)
+    assert ours.param_groups[0]["capturable"] is False
+    before = net.outputs[0][0].bias.clone()
+    policy_distillation.update(ours, net(torch.zeros(1, 84, 84, 4, dtype=torch.uint8)).sum())
+    assert not torch.equal(before, net.outputs[0][0].bias)
 
 
 # ---- Games and replay ---------------------------------------------------------------------------
