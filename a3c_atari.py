@@ -89,10 +89,10 @@ class Args:
     rmsprop_start: float = 0.0  # first value of g; TensorFlow has 1 (its ports an eps of 1e-5)
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
     # The run
-    report_every: int = 50_000  # steps between two reports, each with a checkpoint
+    report_every: int = 50_000  # steps, at least, between two reports, each with a checkpoint
     eval_every: int = 0  # steps, at least, between two evaluations; 0: only at the end
     eval_episodes: int = 10  # whole games of an evaluation
-    capture_video: bool = False  # write the first game of an evaluation as a GIF
+    capture_video: bool = False  # write the first two minutes of a game as a GIF
     seed: int = 1  # of every random number; workers race, so runs still differ
     run_dir: str = ""  # for logs, films, checkpoint.pt; default runs/GAME__SCRIPT__SEED__TIME
     resume: str = ""  # a checkpoint.pt to continue from, in its own folder
@@ -306,7 +306,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
             env = gym.make(env_id)
     except Exception as error:  # an environment may raise anything
         nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
-        raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
+        raise SystemExit(f"No game {env_id}: {error} Nearest names: {nearest}.") from None
 
     env = RecordEpisodeStatistics(env)
     if is_atari:  # AtariPreprocessing fetches its screens itself: "ram" saves drawing the rest
@@ -494,15 +494,23 @@ def report(writer, step: int, metrics: dict[str, float]) -> None:
 def save_checkpoint(path: Path, **state) -> None:
     """Write beside the old file, then rename: a crash leaves the old one or the new one, whole.
 
-    A network whose parameters are no numbers any more does not replace one that works.
+    A network whose parameters are not finite does not replace one that works.
     """
     if not all(part.isfinite().all() for part in state.get("net", {}).values()):
         raise SystemExit(
-            "Parameters are no numbers any more: the run stops. The last checkpoint is the one "
-            "before; to begin anew with a smaller --learning-rate often helps."
+            "Parameters are no longer finite: the run stops. A checkpoint written before is kept; "
+            "to begin anew with a smaller --learning-rate often helps."
         )
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    part = path.with_suffix(".part")
+    try:
+        torch.save(state, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # of torch's writer, where a disk is full
+        part.unlink(missing_ok=True)
+        raise SystemExit(
+            f"{path} cannot be written ({type(error).__name__}; is the disk full?): the run stops. "
+            "A checkpoint written before is kept."
+        ) from None
 
 
 class Checkpoint(dict):
@@ -593,8 +601,8 @@ def drain(log, recent: dict[str, list[float]]) -> None:
         tag, value, step = log.get()
         if not math.isfinite(value):
             raise SystemExit(
-                f"{tag} is {value} at step {step}: the run stops. The last checkpoint is the one "
-                "before; a smaller --learning-rate often helps."
+                f"{tag} is {value} at step {step}: the run stops. A checkpoint written before is "
+                "kept; a smaller --learning-rate often helps."
             )
         recent[tag].append(value)
 

@@ -133,7 +133,7 @@ class Args:
     adagrad_start: float = 1e-6  # AdaGrad's G before the first update
     bfloat16: bool = False  # learns in 16 bits: two thirds of the time of a minibatch
     # The run
-    report_every: int = 10_000  # steps between two reports, each with a checkpoint
+    report_every: int = 10_000  # steps, at least, between two reports, each with a checkpoint
     shard_save_every: int = 1_000  # updates between a shard's checkpoints; a death undoes no more
     patience: float = 120.0  # seconds without an answer before a process counts as lost for good
     ray_address: str = ""  # of a Ray cluster, host:port or auto; default: Ray on this machine alone
@@ -141,7 +141,7 @@ class Args:
     eval_every: int = 0  # steps, at least, between two evaluations; 0: only at the end
     eval_episodes: int = 30  # whole games of an evaluation
     eval_epsilon: float = 0.05  # exploration in evaluation
-    capture_video: bool = False  # write the first game of an evaluation as a GIF
+    capture_video: bool = False  # write the first two minutes of a game as a GIF
     seed: int = 1  # of every random number; workers race, so runs still differ
     run_dir: str = ""  # for logs, films, checkpoint.pt; default runs/GAME__SCRIPT__SEED__TIME
     resume: str = ""  # a checkpoint.pt to continue from, in its own folder
@@ -642,7 +642,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
             env = gym.make(env_id)
     except Exception as error:  # an environment may raise anything
         nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
-        raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
+        raise SystemExit(f"No game {env_id}: {error} Nearest names: {nearest}.") from None
 
     env = RecordEpisodeStatistics(env)
     if is_atari:  # AtariPreprocessing fetches its screens itself: "ram" saves drawing the rest
@@ -879,15 +879,23 @@ def report(writer, step: int, metrics: dict[str, float]) -> None:
 def save_checkpoint(path: Path, **state) -> None:
     """Write beside the old file, then rename: a crash leaves the old one or the new one, whole.
 
-    A network whose parameters are no numbers any more does not replace one that works.
+    A network whose parameters are not finite does not replace one that works.
     """
     if not all(part.isfinite().all() for part in state.get("net", {}).values()):
         raise SystemExit(
-            "Parameters are no numbers any more: the run stops. The last checkpoint is the one "
-            "before; to begin anew with a smaller --learning-rate often helps."
+            "Parameters are no longer finite: the run stops. A checkpoint written before is kept; "
+            "to begin anew with a smaller --learning-rate often helps."
         )
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    part = path.with_suffix(".part")
+    try:
+        torch.save(state, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # of torch's writer, where a disk is full
+        part.unlink(missing_ok=True)
+        raise SystemExit(
+            f"{path} cannot be written ({type(error).__name__}; is the disk full?): the run stops. "
+            "A checkpoint written before is kept."
+        ) from None
 
 
 class Checkpoint(dict):
@@ -1020,8 +1028,8 @@ def drain(log, recent: dict[str, list[float]]) -> None:
         tag, value, step = log.get()
         if not math.isfinite(value):
             raise SystemExit(
-                f"{tag} is {value} at step {step}: the run stops. The last checkpoint is the one "
-                "before; a smaller --learning-rate often helps."
+                f"{tag} is {value} at step {step}: the run stops. A checkpoint written before is "
+                "kept; a smaller --learning-rate often helps."
             )
         recent[tag].append(value)
 
@@ -1055,8 +1063,8 @@ def train(args: Args, net: DeepQNetwork, start: dict[str, Any], run_dir: Path) -
         theta = np.concatenate([state["theta"] for state in states])
         if not np.isfinite(theta).all():
             raise SystemExit(
-                f"Parameters are infinite at step {gorila.counts['steps']}: the run stops. The "
-                "last checkpoint is the one before; a smaller --learning-rate often helps."
+                f"Parameters are infinite at step {gorila.counts['steps']}: the run stops. A "
+                "checkpoint written before is kept; a smaller --learning-rate often helps."
             )
         write_parameters(theta, net)
         parts = {"net": net.state_dict(), "versions": [state["version"] for state in states]}

@@ -139,7 +139,7 @@ class Args:
     max_learning_rate: float = 0.08  # rmsprop: its epsilon is learning_rate / this
     bfloat16: bool = False  # learns in 16 bits: two thirds of the time of a minibatch
     # The run
-    num_collectors: int = 2  # processes in which teachers play; another number, other results
+    num_collectors: int = 2  # processes in which teachers play; on a GPU each takes 1 GB
     envs_per_collector: int = 8  # K, games of a kind that a collector plays side by side
     report_every: int = 25_000  # steps between two reports of stage teacher, each with a checkpoint
     eval_every: int = 0  # steps (distill: rounds) between two evaluations; 0: only at the end
@@ -302,7 +302,7 @@ def make_env(env_id: str, training: bool = True) -> gym.Env:
             env = gym.make(env_id)
     except Exception as error:  # an environment may raise anything
         nearest = ", ".join(difflib.get_close_matches(env_id, gym.registry, cutoff=0.4)) or "none"
-        raise SystemExit(f"There is no game {env_id}: {error} Nearest names: {nearest}.") from None
+        raise SystemExit(f"No game {env_id}: {error} Nearest names: {nearest}.") from None
 
     env = RecordEpisodeStatistics(env)
     if is_atari:  # AtariPreprocessing fetches its screens itself: "ram" saves drawing the rest
@@ -474,7 +474,8 @@ def evaluate_games(
 def make_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
     """For students and DQN alike."""
     parameters = list(net.parameters())
-    given = {"lr": args.learning_rate, "capturable": parameters[0].is_cuda}  # by a CUDA graph
+    given = {"capturable": True} if parameters[0].is_cuda else {}  # recorded() needs it
+    given["lr"] = args.learning_rate
     if args.optimizer == "adam":
         return torch.optim.Adam(parameters, fused=True, **given)
     eps = args.learning_rate / args.max_learning_rate  # so that rate / (deviation + eps) < maximum
@@ -482,7 +483,7 @@ def make_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """An optimizer's state, that of another device, too."""
+    """Load an optimizer's state, wherever it was saved: only a GPU's is capturable."""
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         saved["capturable"] = group["capturable"]
     optimizer.load_state_dict(state)
@@ -496,28 +497,32 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def recorded(compute: Callable[..., Tensor], args: Args) -> Callable[..., Tensor]:
-    """The same function of a game and tensors, made fast on a GPU.
+    """compute(g, *tensors) of a game g, made fast on a GPU; its result on the CPU.
 
     A GPU is done with a small network before Python has launched the next layer. So there the
-    fourth call for a game is recorded as a CUDA graph and repeated with the tensors that follow.
+    fourth call for a game is recorded as a CUDA graph, which it and later ones replay with their
+    tensors. The three before make what is made at first use, like the optimizer's state. compute
+    must not wait for the GPU, and no autograd graph may outlive it.
     """
-    calls, graphs, device = Counter(), {}, choose_device(args.device)
+    device, calls, recordings = choose_device(args.device), Counter(), {}
 
-    def repeat(g: int, *given: Tensor) -> Tensor:
+    def call(g: int, *given: Tensor) -> Tensor:
         calls[g] += 1
-        if device == "cpu" or calls[g] < 4:
-            return compute(g, *given)
-        if g not in graphs:
-            inputs, graph = [part.to(device) for part in given], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                graphs[g] = graph, inputs, compute(g, *inputs)
-        graph, inputs, output = graphs[g]
+        if device == "cpu" or calls[g] <= 3:
+            return compute(g, *given).cpu()
+        if g not in recordings:
+            inputs = [torch.empty_like(part, device=device) for part in given]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # nothing is computed yet
+                output = compute(g, *inputs)
+            recordings[g] = inputs, graph, output
+        inputs, graph, output = recordings[g]
         for there, here in zip(inputs, given, strict=True):
             there.copy_(here)
         graph.replay()
-        return output.clone()
+        return output.cpu()
 
-    return repeat
+    return call
 
 
 class DeepQLearner:
@@ -527,7 +532,7 @@ class DeepQLearner:
         self.net, self.target_net, self.args = net, copy.deepcopy(net), args
         self.optimizer = make_optimizer(net, args)
         self.q = recorded(lambda g, s: net(s, g), args)
-        self.descend = recorded(self.update, args)
+        self.learn_from_minibatch = recorded(self.learn_from, args)
         self.steps, self.high_score = 0, -math.inf  # the latter with --online
         seeds = independent_seeds(len(args.env_ids), args.seed, 1 + args.num_collectors)
         self.games = [Game(i, True, seed) for i, seed in zip(args.env_ids, seeds, strict=True)]
@@ -559,7 +564,7 @@ class DeepQLearner:
         game = self.games[g]
         s, age = torch.from_numpy(game.s)[None], game.age
         with torch.no_grad():
-            a = int(epsilon_greedy(self.q(g, s).cpu(), epsilon))
+            a = int(epsilon_greedy(self.q(g, s), epsilon))
         r_t, terminated, truncated, info = game.step(a)
         values = torch.tensor([[a, np.clip(r_t, -1, 1), terminated, truncated and not terminated]])
         self.memories[g].write(slice(0, 1), self.steps // len(self.games), s, [age], values)
@@ -573,17 +578,17 @@ class DeepQLearner:
         lane, tm1 = memory.sample(self.args.batch_size, self.steps // len(self.games) - 1)
         return memory.stacks(lane, tm1), memory.values_at(lane, tm1), memory.stacks(lane, tm1 + 1)
 
-    def loss(self, g: int, s_tm1: Tensor, step: Tensor, s_t: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, g: int, s_tm1: Tensor, values: Tensor, s_t: Tensor) -> tuple[Tensor, Tensor]:
         """Of a minibatch of game g; and its Q-values."""
         with torch.no_grad():
             q_t = self.target_net(s_t, g, self.args.bfloat16)
         q_tm1 = self.net(s_tm1, g, self.args.bfloat16)
-        a_tm1, r_t, terminated, truncated = step.to(q_t.device).unbind(-1)
+        a_tm1, r_t, terminated, truncated = values.to(q_t.device).unbind(-1)
         y = dqn_targets(r_t, terminated, q_t, self.args.discount)
         return td_loss(q_tm1, a_tm1.long(), y, 1 - truncated), q_tm1
 
-    def update(self, g: int, *minibatch: Tensor) -> Tensor:
-        """Learns from a minibatch of game g; its loss and mean Q-value."""
+    def learn_from(self, g: int, *minibatch: Tensor) -> Tensor:
+        """One step by a minibatch of game g; its loss and mean Q-value."""
         loss, q = self.loss(g, *minibatch)
         update(self.optimizer, loss)
         return torch.stack([loss.detach(), q.detach().mean()])
@@ -602,7 +607,7 @@ class DeepQLearner:
                     watched[tag].append(float(info["episode"][key]))
             if self.steps % args.steps_per_update == 0 and self.steps // n > args.learning_starts:
                 g = self.steps // args.steps_per_update % n
-                loss, q = self.descend(g, *self.minibatch(g)).tolist()
+                loss, q = self.learn_from_minibatch(g, *self.minibatch(g)).tolist()
                 refuse_infinity(loss, f"of the DQN at step {self.steps}")
                 watched["losses/td_loss"].append(loss)  # Huber
                 watched["losses/q_values"].append(q)
@@ -631,11 +636,11 @@ def demonstrate(
     It acts epsilon-greedily, and for each step write(t, screens, ages, q) keeps its Q-values.
     """
     generator, returns = torch.Generator().manual_seed(seed), []
-    Q = recorded(lambda _, s: teacher(s), args)
+    Q = recorded(lambda g, s: teacher(s, g), args)
     for t in times:
         s = torch.from_numpy(np.stack([game.s for game in games]))
         with torch.no_grad():
-            q = Q(0, s).cpu()
+            q = Q(0, s)
         write(t, s, [game.age for game in games], q)
         for game, a in zip(games, epsilon_greedy(q, args.teacher_epsilon, generator).tolist()):
             *_, info = game.step(a)
@@ -678,10 +683,10 @@ def collector(
         rounds += 1
         seeds = independent_seeds(len(kinds), args.seed, 1 + rank, rounds)
         for games, teacher, memory, seed in zip(kinds, teachers, memories, seeds, strict=True):
-            teacher = on_device(teacher, args)
             write = partial(memory.write, slice(rank * K, (rank + 1) * K))
             bar = tqdm(times, unit=f" x {K} steps", position=rank, leave=False, disable=None)
-            returns.append(demonstrate(games, teacher, write, bar, seed, args))
+            player = on_device(teacher, args)
+            returns.append(demonstrate(games, player, write, bar, seed, args))
         log.put((rank, [[game.state for game in games] for games in kinds], returns))
 
 
@@ -718,25 +723,27 @@ def collect(
     return [states[rank] for rank in range(args.num_collectors)], metrics
 
 
+def student_update(
+    net: GameNetwork, optimizer: torch.optim.Optimizer, args: Args, g: int, s: Tensor, q: Tensor
+) -> Tensor:
+    """One step towards the teacher's q [B, A] of game g; the loss, the share of equal actions."""
+    S = net(s, g, args.bfloat16)
+    q = q.to(S.device)
+    loss = distillation_loss(S, q, args)
+    update(optimizer, loss)
+    return torch.stack([loss.detach(), (S.argmax(-1) == q.argmax(-1)).float().mean()])
+
+
 def learn_from_memories(
-    net: GameNetwork, optimizer, memories: list[ScreenMemory], args: Args, end: int
+    learn: Callable[..., Tensor], memories: list[ScreenMemory], args: Args, end: int
 ) -> dict[str, float]:
     """The updates of a round, each on a minibatch of one game; the means of what was watched."""
     watched, start = defaultdict(list), time.perf_counter()
-
-    def learn(g: int, s: Tensor, q: Tensor) -> Tensor:
-        S = net(s, g, args.bfloat16)
-        q = q.to(S.device)
-        loss = distillation_loss(S, q, args)
-        update(optimizer, loss)
-        return torch.stack([loss.detach(), (S.argmax(-1) == q.argmax(-1)).float().mean()])
-
-    learn = recorded(learn, args)
     for _ in tqdm(range(args.round_updates), unit="update", leave=False, disable=None):
         g = int(torch.randint(len(memories), ()))
         lane, t = memories[g].sample(args.batch_size, end)
-        minibatch = memories[g].stacks(lane, t), memories[g].values_at(lane, t)
-        loss, agreement = learn(g, *minibatch).tolist()
+        s, q = memories[g].stacks(lane, t), memories[g].values_at(lane, t)
+        loss, agreement = learn(g, s, q).tolist()
         refuse_infinity(loss, f"after {end} steps in each of the games played")
         watched[named(f"losses/{args.loss}", args.env_ids[g], args)].append(loss)
         watched[named("charts/agreement", args.env_ids[g], args)].append(agreement)  # share
@@ -774,15 +781,23 @@ def report(writer, step: int, metrics: dict[str, float]) -> None:
 def save_checkpoint(path: Path, **state) -> None:
     """Write beside the old file, then rename: a crash leaves the old one or the new one, whole.
 
-    A network whose parameters are no numbers any more does not replace one that works.
+    A network whose parameters are not finite does not replace one that works.
     """
     if not all(part.isfinite().all() for part in state.get("net", {}).values()):
         raise SystemExit(
-            "Parameters are no numbers any more: the run stops. The last checkpoint is the one "
-            "before; to begin anew with a smaller --learning-rate often helps."
+            "Parameters are no longer finite: the run stops. A checkpoint written before is kept; "
+            "to begin anew with a smaller --learning-rate often helps."
         )
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    part = path.with_suffix(".part")
+    try:
+        torch.save(state, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # of torch's writer, where a disk is full
+        part.unlink(missing_ok=True)
+        raise SystemExit(
+            f"{path} cannot be written ({type(error).__name__}; is the disk full?): the run stops. "
+            "A checkpoint written before is kept."
+        ) from None
 
 
 class Checkpoint(dict):
@@ -840,7 +855,7 @@ def refuse_infinity(loss: float, where: str) -> None:
     """End the run with a sentence where its loss is no number."""
     if not math.isfinite(loss):
         raise Diverged(
-            f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
+            f"The loss is {loss} {where}: the run stops. A checkpoint written before is kept; "
             "to begin anew with a smaller --learning-rate often helps."
         )
 
@@ -863,7 +878,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> str:
 
 
 def on_device(teacher: GameNetwork, args: Args) -> GameNetwork:
-    """A teacher to play with; the processes share the one that stays in memory."""
+    """The teacher itself on a CPU, a copy on a GPU: processes share what is in CPU memory."""
     device = choose_device(args.device)
     return teacher if device == "cpu" else copy.deepcopy(teacher).to(device)
 
@@ -1020,7 +1035,8 @@ def film_games(net: GameNetwork, teachers: nn.ModuleList, args: Args, run_dir: P
     """
     for g, env_id in enumerate(args.env_ids):
         films = []
-        for Q in (*(on_device(i, args) for i in teachers[g : g + 1]), partial(net, game=g)):
+        players = [on_device(teacher, args) for teacher in teachers[g : g + 1]]
+        for Q in (*players, partial(net, game=g)):
             films.append([])
             evaluate(Q, env_id, replace(args, eval_episodes=1), films[-1])
         for film in films:
@@ -1089,6 +1105,7 @@ def distill(
     one), the second are updates of the student.
     """
     optimizer = make_optimizer(net, args)
+    learn = recorded(partial(student_update, net, optimizer, args), args)
     memories = student_memories(args, folder, net.num_actions)
     parts = {"net": net, "teachers": teachers, "optimizer": optimizer}
     if args.online:
@@ -1116,7 +1133,7 @@ def distill(
                 metrics |= watched
             else:
                 end = learned * lane_steps(args)
-                metrics = learn_from_memories(net, optimizer, memories, args, end)
+                metrics = learn_from_memories(learn, memories, args, end)
                 due = learned == args.total_rounds
                 due |= args.eval_every > 0 and learned % args.eval_every == 0
             state = {name: part.state_dict() for name, part in parts.items()}

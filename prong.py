@@ -596,15 +596,23 @@ def report(writer, step: int, metrics: dict[str, float]) -> None:
 def save_checkpoint(path: Path, **state) -> None:
     """Write beside the old file, then rename: a crash leaves the old one or the new one, whole.
 
-    A network whose parameters are no numbers any more does not replace one that works.
+    A network whose parameters are not finite does not replace one that works.
     """
     if not all(part.isfinite().all() for part in state.get("net", {}).values()):
         raise SystemExit(
-            "Parameters are no numbers any more: the run stops. The last checkpoint is the one "
-            "before; to begin anew with a smaller --learning-rate often helps."
+            "Parameters are no longer finite: the run stops. A checkpoint written before is kept; "
+            "to begin anew with a smaller --learning-rate often helps."
         )
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    part = path.with_suffix(".part")
+    try:
+        torch.save(state, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # of torch's writer, where a disk is full
+        part.unlink(missing_ok=True)
+        raise SystemExit(
+            f"{path} cannot be written ({type(error).__name__}; is the disk full?): the run stops. "
+            "A checkpoint written before is kept."
+        ) from None
 
 
 class Checkpoint(dict):
@@ -662,7 +670,7 @@ def refuse_infinity(loss: float, where: str) -> None:
     """End the run with a sentence where its loss is no number."""
     if not math.isfinite(loss):
         raise Diverged(
-            f"The loss is {loss} {where}: the run stops. The last checkpoint is the one before; "
+            f"The loss is {loss} {where}: the run stops. A checkpoint written before is kept; "
             "to begin anew with a smaller --learning-rate often helps."
         )
 

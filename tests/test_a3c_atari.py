@@ -592,7 +592,7 @@ def test_bad_input_a_network_of_no_numbers_does_not_replace_one_that_works(broke
     a3c_atari.save_checkpoint(path, net=net.state_dict(), T=1)
     with torch.no_grad():
         net.value.bias.fill_(broken)
-    with pytest.raises(SystemExit, match=r"^Parameters are no numbers any more: the run stops"):
+    with pytest.raises(SystemExit, match=r"^Parameters are no longer finite: the run stops"):
         a3c_atari.save_checkpoint(path, net=net.state_dict(), T=2)
     assert torch.load(path)["T"] == 1
 
@@ -913,9 +913,9 @@ def test_command_line_runs_of_the_same_second_have_folders_of_their_own(tmp_path
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"env_id": "BrekoutNoFrameskip-v4"}, "There is no game.*BreakoutNoFrameskip-v4"),
-        ({"env_id": "BreakoutNoFrameskip-v9"}, "There is no game.*BreakoutNoFrameskip-v4"),
-        ({"env_id": "no_such_module:Env-v0"}, "There is no game no_such_module:Env-v0"),
+        ({"env_id": "BrekoutNoFrameskip-v4"}, "No game.*BreakoutNoFrameskip-v4"),
+        ({"env_id": "BreakoutNoFrameskip-v9"}, "No game.*BreakoutNoFrameskip-v4"),
+        ({"env_id": "no_such_module:Env-v0"}, "No game no_such_module:Env-v0"),
         ({"env_id": "toy_games:Colour-v0"}, r"\(84, 84, 3\).*needs uint8 screens"),
         ({"env_id": "toy_games:Analogue-v0"}, "Discrete actions"),
         ({"env_id": "CartPole-v1"}, "needs uint8 screens"),
@@ -926,8 +926,8 @@ def test_command_line_runs_of_the_same_second_have_folders_of_their_own(tmp_path
         ({"discount": 1.01}, "--discount must lie between 0 and 1, not at 1.01"),
         ({"learning_rate": math.nan}, "--learning-rate must lie between 0"),
         ({"seed": 10**30}, "--seed must lie between 0"),
-        ({"env_id": "a:b:c"}, "There is no game a:b:c"),
-        ({"env_id": "toy_games:Broken-v0"}, "There is no game toy_games:Broken-v0: no screen"),
+        ({"env_id": "a:b:c"}, "No game a:b:c"),
+        ({"env_id": "toy_games:Broken-v0"}, "No game toy_games:Broken-v0: no screen"),
         ({"run_dir": "good.pt/x"}, "cannot be written to.*choose another folder"),
         ({"run_dir": "used"}, "holds a run already"),
         ({"resume": "a.pt", "evaluate": "b.pt"}, "pass one of them"),

@@ -673,9 +673,9 @@ def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"env_id": "BrekoutNoFrameskip-v4"}, "There is no game.*BreakoutNoFrameskip-v4"),
+        ({"env_id": "BrekoutNoFrameskip-v4"}, "No game.*BreakoutNoFrameskip-v4"),
         ({"env_id": "toy_games:Analogue-v0"}, "Discrete actions"),
-        ({"env_id": "toy_games:Broken-v0"}, "There is no game toy_games:Broken-v0: no screen"),
+        ({"env_id": "toy_games:Broken-v0"}, "No game toy_games:Broken-v0: no screen"),
         ({"t_max": 0}, "--t-max must lie between 1"),
         ({"target_period": 0}, "--target-period must lie between 1"),
         ({"epsilon_timesteps": 0}, "--epsilon-timesteps must lie between 1"),

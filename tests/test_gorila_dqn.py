@@ -681,7 +681,7 @@ def test_bad_input_a_game_that_only_the_main_process_has_is_an_error_of_the_acto
     """An exit would end its process, which Ray would then start again and again."""
     args = Args(env_id="no_such_module:Env-v0", **SMALL)
     server = start_server(gorila_dqn.flat(DeepQNetwork(2).parameters()), args, tmp_path)
-    with pytest.raises(RuntimeError, match="There is no game no_such_module:Env-v0"):
+    with pytest.raises(RuntimeError, match="No game no_such_module:Env-v0"):
         Actor(0, 2, args, server, Screens())
 
 
@@ -975,9 +975,9 @@ def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"env_id": "BrekoutNoFrameskip-v4"}, "There is no game.*BreakoutNoFrameskip-v4"),
+        ({"env_id": "BrekoutNoFrameskip-v4"}, "No game.*BreakoutNoFrameskip-v4"),
         ({"env_id": "toy_games:Analogue-v0"}, "Discrete actions"),
-        ({"env_id": "toy_games:Broken-v0"}, "There is no game toy_games:Broken-v0: no screen"),
+        ({"env_id": "toy_games:Broken-v0"}, "No game toy_games:Broken-v0: no screen"),
         ({"num_actors": 0}, "--num-actors must lie between 1"),
         ({"num_shards": 0}, "--num-shards must lie between 1"),
         ({"steps_per_update": 0}, "--steps-per-update must lie between 1"),

@@ -156,8 +156,9 @@ def updates(student: str, args: Args) -> float:
         memory.screens.random_(0, 256)
         memory.ages.fill_(3)
         memory.values.normal_()
-        learn = policy_distillation.learn_from_memories
-        call = partial(learn, net, optimizer, [memory], settings, 5000)
+        learn = partial(policy_distillation.student_update, net, optimizer, settings)
+        learn = policy_distillation.recorded(learn, settings)
+        call = partial(policy_distillation.learn_from_memories, learn, [memory], settings, 5000)
         return settings.round_updates * measure_calls(call, args.seconds)
 
 
