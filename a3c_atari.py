@@ -11,16 +11,20 @@
     Result   32.1 (deviation of 30 games 13.3, seed 1) in 258 min, mostly beside other work, on
                the same machine; paper: 551.6 after 80 M steps of the larger network, human starts
 
-Departures: ours (the paper's); those of the first line are the authors' later answers
-    learning rate 7e-4 (searched, on six games), RMSProp's epsilon 0.1, gradient norm 40 (not told)
-    gradient of V: (R - V) / 2, again a later answer (2 (R - V))
+Departures: ours (the paper's)
+    from the authors' later answers: learning rate 7e-4 (figure 1: 50 drawn from LogUniform(1e-4,
+      1e-2), mean of the best 5 runs; tables: searched on six games), RMSProp's epsilon 0.1 (not
+      told), gradient norm 40 (searched, value not told), gradient of V: (R - V) / 2 (2 (R - V)),
+      rewards clipped to [-1, 1] (not told); but not their segments of 20 steps (5)
+    one run at one rate; the norm and g are those of K games' gradients together
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
-    the Run lines: 8 and 20 million steps (80 million), over which the rate falls to 0; 8 games in
-      each of 2 processes; Pong's: orthogonal weights at first, epsilon 1e-3 (authors: as torch
-      draws them, 0.1)
+    the Run lines: 8 and 20 million steps (80 million by a later answer), over which the rate falls
+      to 0; 8 games in each of 2 processes; Pong's: orthogonal weights and biases of 0 at first,
+      those of pi a hundredth (authors: as torch draws them), epsilon 1e-3
     evaluation samples from pi, as training does (not told)
-    g begins at 0, rewards are clipped to [-1, 1], a lost life ends an episode of training, 108,000
-      frames end a game, whose return goes on as V (not told)
+    g begins at 0, a lost life ends an episode of training; 108,000 frames end a game (told for
+      evaluation), whose return then goes on as V of the last screens (not told)
+    screens turn grey before the maximum of two is taken, as gymnasium does it (after)
     --lstm puts 256 cells on either network (on the larger)
     up to 30 no-ops before a game (tables: human starts); no GPU, that being the paper's point
     today's action sets: Pong 6 (3); sticky actions with *-v0 and ALE/*-v5 ids (none)
@@ -74,7 +78,7 @@ class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
     network: Literal["small", "large"] = "small"  # the network of DQN 2013 or of DQN 2015
     lstm: bool = False  # 256 LSTM cells after the last hidden layer
-    orthogonal_init: bool = False  # layers but an LSTM begin orthogonal (authors: as torch's)
+    orthogonal_init: bool = False  # first weights orthogonal but an LSTM's (authors: as torch's)
     num_workers: int = os.cpu_count() or 1  # processes that play and learn
     envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
     t_max: int = 5  # steps of a segment, at most
@@ -82,11 +86,11 @@ class Args:
     entropy_cost: float = 0.01  # beta
     value_cost: float = 0.5  # factor on (R - V)^2 / 2
     # Optimisation
-    total_timesteps: int = 80_000_000  # of all workers together; 320 M frames, the paper's day
+    total_timesteps: int = 80_000_000  # of all workers together; 320 M frames, the authors' day
     learning_rate: float = 7e-4  # at the start; falls linearly to 0
     rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # inside the root
-    rmsprop_start: float = 0.0  # first value of g; TensorFlow has 1 (its ports an eps of 1e-5)
+    rmsprop_start: float = 0.0  # first value of g (TensorFlow's RMSProp: 1)
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
     # The run
     report_every: int = 50_000  # steps, at least, between two reports, each with a checkpoint
@@ -125,7 +129,7 @@ def make_orthogonal(module: nn.Module, gain: float) -> None:
 
 
 class ActorCritic(nn.Module):
-    """Policy pi and value V on one shared trunk (section 5.1)."""
+    """Policy pi and value V on one shared trunk (section 4)."""
 
     def __init__(
         self,
@@ -393,13 +397,13 @@ def evaluate(
     generator = torch.Generator().manual_seed(seeds.pop())
     envs = [make_env(args.env_id, training=False) for _ in seeds]
     s = reset_games(envs, seeds)
-    goes_on = torch.zeros(1, len(envs), dtype=torch.bool)
+    fresh = torch.zeros(1, len(envs), dtype=torch.bool)  # no game begins again
     lstm_state = net.initial_lstm_state(len(envs))
     playing, games, pictures = list(range(len(envs))), [], []
     with tqdm(total=len(envs), unit="game", leave=False, disable=None) as bar:
         while playing:
             watch()
-            logits, _, lstm_state = net(s[None], lstm_state, goes_on)
+            logits, _, lstm_state = net(s[None], lstm_state, fresh)
             a = sample(logits[0], generator).tolist()
             for k in playing.copy():
                 screens, _, terminated, truncated, info = envs[k].step(a[k])
@@ -541,6 +545,16 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> Ch
     return Checkpoint(checkpoint)
 
 
+def tell_changes(checkpoint: Checkpoint, args: Args) -> None:
+    """A line of the flags with which a resumed run goes on otherwise than before."""
+    theirs, changed = checkpoint["args"], []
+    for name, value in asdict(args).items():
+        if name in theirs and theirs[name] != value and name not in ("run_dir", "resume"):
+            changed.append(f"--{name.replace('_', '-')} {value} (before: {theirs[name]})")
+    if changed:
+        tqdm.write(f"Goes on with {', '.join(changed)}.")
+
+
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
     name = f"{task}__{script}__{args.seed}__{time.time():.6f}".replace("/", "-").replace(":", "-")
@@ -613,7 +627,7 @@ def supervise(
     """Spawn role(rank, *arguments) --num-workers times and report until they are done.
 
     save(T=..., seconds=...) writes a checkpoint; seconds is the time spent before. evaluate_now(
-    step, watch) returns metrics and calls watch now and then. Returns the last report. A worker
+    step, watch) returns metrics and calls watch at every step. Returns the last report. A worker
     that dies ends the run with its traceback, Ctrl-C and SIGTERM end it with a checkpoint.
     """
     counter = T.get_obj()  # read without the lock, which a worker may hold when it is killed
@@ -684,6 +698,7 @@ def run(args: Args) -> dict[str, float]:
     if args.resume:
         shaping = ("env_id", "network", "lstm", "orthogonal_init", "rmsprop_start")
         checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping)
+        tell_changes(checkpoint, args)
         for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
             g.copy_(saved_g)
         first_step, seconds = checkpoint["T"], checkpoint["seconds"]

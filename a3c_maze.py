@@ -598,6 +598,16 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> Ch
     return Checkpoint(checkpoint)
 
 
+def tell_changes(checkpoint: Checkpoint, args: Args) -> None:
+    """A line of the flags with which a resumed run goes on otherwise than before."""
+    theirs, changed = checkpoint["args"], []
+    for name, value in asdict(args).items():
+        if name in theirs and theirs[name] != value and name not in ("run_dir", "resume"):
+            changed.append(f"--{name.replace('_', '-')} {value} (before: {theirs[name]})")
+    if changed:
+        tqdm.write(f"Goes on with {', '.join(changed)}.")
+
+
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
     name = f"{task}__{script}__{args.seed}__{time.time():.6f}".replace("/", "-").replace(":", "-")
@@ -682,7 +692,7 @@ def supervise(
     """Spawn role(rank, *arguments) --num-workers times and report until they are done.
 
     save(T=..., seconds=...) writes a checkpoint; seconds is the time spent before. evaluate_now(
-    step, watch) returns metrics and calls watch now and then. Returns the last report. A worker
+    step, watch) returns metrics and calls watch at every step. Returns the last report. A worker
     that dies ends the run with its traceback, Ctrl-C and SIGTERM end it with a checkpoint.
     """
     counter = T.get_obj()  # read without the lock, which a worker may hold when it is killed
@@ -749,6 +759,7 @@ def run(args: Args) -> dict[str, float]:
         return evaluate(net, args, film)
     if args.resume:
         checkpoint = load_checkpoint(Path(args.resume), args, net, *TASK)
+        tell_changes(checkpoint, args)
         for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
             g.copy_(saved_g)
         first_step, seconds = checkpoint["T"], checkpoint["seconds"]

@@ -42,6 +42,7 @@ Departures: ours (the paper's)
     g begins at 0 (not told: --rmsprop-start)
     rewards are clipped to [-1, 1], training episodes end with a life, games after 108,000 frames;
       there the target goes on with Q of the last screens (all not told)
+    screens turn grey before the maximum of two is taken, as gymnasium does it (after)
     up to 30 no-ops before a game (not told)
     today's action sets: Pong 6 (3); sticky actions with *-v0 and ALE/*-v5 ids (none)
     K = envs_per_worker games in a process (1): a forward pass sees K screens, an update sums the
@@ -103,11 +104,11 @@ class Args:
     target_period: int = 10_000  # I_target, steps between two target networks; 40,000 frames
     epsilon_timesteps: int = 1_000_000  # until exploration has fallen from 1; 4 M frames
     # Optimisation
-    total_timesteps: int = 80_000_000  # of all workers together; 320 M frames, the paper's day
+    total_timesteps: int = 80_000_000  # of all workers together; 320 M frames, the authors' day
     learning_rate: float = 7e-4  # at the start; falls linearly to 0
     rmsprop_decay: float = 0.99  # of the running squared gradient
     rmsprop_eps: float = 0.1  # inside the root
-    rmsprop_start: float = 0.0  # first value of g; TensorFlow has 1 (its ports an eps of 1e-5)
+    rmsprop_start: float = 0.0  # first value of g (TensorFlow's RMSProp: 1)
     max_gradient_norm: float = 40.0  # a longer gradient is scaled down to this
     # The run
     report_every: int = 50_000  # steps, at least, between two reports, each with a checkpoint
@@ -567,6 +568,16 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> Ch
     return Checkpoint(checkpoint)
 
 
+def tell_changes(checkpoint: Checkpoint, args: Args) -> None:
+    """A line of the flags with which a resumed run goes on otherwise than before."""
+    theirs, changed = checkpoint["args"], []
+    for name, value in asdict(args).items():
+        if name in theirs and theirs[name] != value and name not in ("run_dir", "resume"):
+            changed.append(f"--{name.replace('_', '-')} {value} (before: {theirs[name]})")
+    if changed:
+        tqdm.write(f"Goes on with {', '.join(changed)}.")
+
+
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
     name = f"{task}__{script}__{args.seed}__{time.time():.6f}".replace("/", "-").replace(":", "-")
@@ -639,7 +650,7 @@ def supervise(
     """Spawn role(rank, *arguments) --num-workers times and report until they are done.
 
     save(T=..., seconds=...) writes a checkpoint; seconds is the time spent before. evaluate_now(
-    step, watch) returns metrics and calls watch now and then. Returns the last report. A worker
+    step, watch) returns metrics and calls watch at every step. Returns the last report. A worker
     that dies ends the run with its traceback, Ctrl-C and SIGTERM end it with a checkpoint.
     """
     counter = T.get_obj()  # read without the lock, which a worker may hold when it is killed
@@ -719,6 +730,7 @@ def run(args: Args) -> dict[str, float]:
     if args.resume:
         shaping = ("env_id", "network", "algorithm", "orthogonal_init", "rmsprop_start")
         checkpoint = load_checkpoint(Path(args.resume), args, net, *shaping)
+        tell_changes(checkpoint, args)
         target_net.load_state_dict(checkpoint["target_net"])
         for g, saved_g in zip(optimizer.g, checkpoint["g"], strict=True):
             g.copy_(saved_g)

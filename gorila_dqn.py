@@ -56,6 +56,7 @@ Departures: ours (the paper's, or what is known of it)
       any minibatch holds a reward, those that do are thrown away
     (y - Q)^2 / 2, TD errors clipped to [-1, 1] as in DQN 2015 (algorithm 1: the plain square)
     rewards are clipped to [-1, 1], exploration is 0.05 in evaluation (not told)
+    screens turn grey before the maximum of two is taken, as gymnasium does it (after)
     today's action sets: Pong 6 (3); sticky actions with *-v0 and ALE/*-v5 ids (none)
     ours alone, off by default: --bfloat16, --optimizer sgd
     training episodes end with a life, games after 108,000 frames (not told); of the paper's two
@@ -926,6 +927,16 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> Ch
     return Checkpoint(checkpoint)
 
 
+def tell_changes(checkpoint: Checkpoint, args: Args) -> None:
+    """A line of the flags with which a resumed run goes on otherwise than before."""
+    theirs, changed = checkpoint["args"], []
+    for name, value in asdict(args).items():
+        if name in theirs and theirs[name] != value and name not in ("run_dir", "resume"):
+            changed.append(f"--{name.replace('_', '-')} {value} (before: {theirs[name]})")
+    if changed:
+        tqdm.write(f"Goes on with {', '.join(changed)}.")
+
+
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
     name = f"{task}__{script}__{args.seed}__{time.time():.6f}".replace("/", "-").replace(":", "-")
@@ -1155,6 +1166,7 @@ def run(args: Args) -> dict[str, float]:
     start["G"] = torch.full((size,), args.adagrad_start)
     if args.resume:
         start = load_checkpoint(Path(args.resume), args, net, "env_id")
+        tell_changes(start, args)
         step = start["counts"]["steps"]
         if step >= args.total_timesteps:
             raise SystemExit(f"{args.resume} is at step {step}: raise --total-timesteps.")

@@ -46,6 +46,7 @@ Departures: ours (the paper's)
     several games share the hour of a round equally; each is played by 8 games a process side by
       side, which go on in the next round (teachers take turns, by episodes)
     a minibatch comes from a game drawn at random, as in appendix A (section 3.3: in turns)
+    screens turn grey before the maximum of two is taken, as gymnasium does it (after)
     today's action sets: Pong 6 (3), so output layers have other sizes than the paper's; sticky
       actions with *-v0 and ALE/*-v5 ids (none)
     a lost life ends an episode of the DQN's training (not told)

@@ -1315,6 +1315,16 @@ def load_checkpoint(path: Path, args: Args, net: nn.Module, *shaping: str) -> Ch
     return Checkpoint(checkpoint)
 
 
+def tell_changes(checkpoint: Checkpoint, args: Args) -> None:
+    """A line of the flags with which a resumed run goes on otherwise than before."""
+    theirs, changed = checkpoint["args"], []
+    for name, value in asdict(args).items():
+        if name in theirs and theirs[name] != value and name not in ("run_dir", "resume"):
+            changed.append(f"--{name.replace('_', '-')} {value} (before: {theirs[name]})")
+    if changed:
+        tqdm.write(f"Goes on with {', '.join(changed)}.")
+
+
 def open_run_dir(args: Args, task: str, script: str) -> Path:
     """The folder of this run: that of the checkpoint it resumes, or a new one."""
     name = f"{task}__{script}__{args.seed}__{time.time():.6f}".replace("/", "-").replace(":", "-")
@@ -1430,7 +1440,7 @@ def supervise(
     """Spawn role(rank, *arguments) --num-workers times and report until they are done.
 
     save(T=..., seconds=...) writes a checkpoint; seconds is the time spent before. evaluate_now(
-    step, watch) returns metrics and calls watch now and then. Returns the last report. A worker
+    step, watch) returns metrics and calls watch at every step. Returns the last report. A worker
     that dies ends the run with its traceback, Ctrl-C and SIGTERM end it with a checkpoint.
     """
     counter = T.get_obj()  # read without the lock, which a worker may hold when it is killed
@@ -1493,6 +1503,8 @@ def begin(args: Args, net: nn.Module, histogram: Tensor, *shaping: str) -> tuple
         histogram.zero_().index_add_(0, periods, start["histogram"])
     if args.evaluate:
         return start, path.parent, None
+    if args.resume:
+        tell_changes(start, args)
     if start["T"] >= args.total_timesteps:
         raise SystemExit(f"{path} is at step {start['T']}: raise --total-timesteps.")
     what = args.env_id if args.task == "atari" else args.task

@@ -597,6 +597,38 @@ def test_bad_input_a_network_of_no_numbers_does_not_replace_one_that_works(broke
     assert torch.load(path)["T"] == 1
 
 
+@pytest.mark.parametrize("error", [OSError("no space"), RuntimeError("enforce fail\nin C++")])
+def test_bad_input_a_full_disk_leaves_the_old_checkpoint(error, tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    a3c_atari.save_checkpoint(path, T=1)
+
+    def save(state, part):
+        part.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(
+        SystemExit, match=r"checkpoint\.pt cannot be written .*disk full"
+    ) as refusal:
+        a3c_atari.save_checkpoint(path, T=2)
+    assert "\n" not in str(refusal.value)
+    assert torch.load(path) == {"T": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_flags_that_change_when_a_run_goes_on_are_told(monkeypatch):
+    """Not where they are the same, and not those of its place."""
+    told = []
+    monkeypatch.setattr(a3c_atari.tqdm, "write", told.append)
+    before = dataclasses.asdict(Args(discount=0.9, run_dir="elsewhere"))
+    checkpoint = a3c_atari.Checkpoint(args=before)
+    a3c_atari.tell_changes(checkpoint, Args(discount=0.9, resume="checkpoint.pt"))
+    assert told == []
+    a3c_atari.tell_changes(checkpoint, Args(t_max=20))
+    assert told == ["Goes on with --t-max 20 (before: 5), --discount 0.99 (before: 0.9)."]
+    a3c_atari.tell_changes(a3c_atari.Checkpoint(args={"t_max": 4}), Args())  # an older script's
+    assert told[1:] == ["Goes on with --t-max 5 (before: 4)."]
+
+
 # ---- Processes ----------------------------------------------------------------------------------
 
 
