@@ -578,10 +578,10 @@ def test_math_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch)
 
     def save_half(state, path):
         Path(path).write_bytes(b"half")
-        raise OSError("disk full")
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", save_half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(KeyboardInterrupt):
         a3c_atari.save_checkpoint(path, T=2)
     assert torch.load(path) == {"T": 1}
 
