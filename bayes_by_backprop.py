@@ -622,20 +622,20 @@ def keep_memory() -> None:
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-# Flags of all scripts: those that end at 1, those that must not be 0 unless 0 has a meaning, and
-# those that may be negative
-FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")
+# Flags of all scripts that may not be any number from 0 up (a count: from 1)
+FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")  # at most 1
 FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
-POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")
-SIGNED = ("rho_init", "commitment_bias")
+POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")  # or off: 0
+SIGNED = ("rho_init", "commitment_bias")  # below 0, too
 
 
 def check(args: Args) -> None:
     """Refuse numbers that no run can have and flags that exclude each other."""
     for field in fields(args):
         value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
-        counts = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
-        lowest, highest = int(counts), 1 if field.name in FRACTIONS else 2**32 - 1
+        is_count = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
+        lowest = 1 if is_count else 0
+        highest = 1 if field.name in FRACTIONS else 2**32 - 1
         bounded = type(value) in (int, float) and field.name not in SIGNED
         if bounded and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
