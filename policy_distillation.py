@@ -19,10 +19,13 @@
                min, beside that run; paper: a teacher of 4,590
     Run      python policy_distillation.py --total-rounds 4 --eval-every 2
                --teachers runs/freeway/checkpoint.pt
-    Result   not yet measured
+    Result   100 % of its teacher's score (21.5, seed 1), with 7 % of its parameters, by doing on
+               every screen what it does, in 23 min, resumed once, on one core of the same, another
+               run and tests beside it; paper: 103.5 %
     Run      python policy_distillation.py --total-rounds 4 --eval-every 2
                --teachers runs/qbert/checkpoint.pt
-    Result   not yet measured
+    Result   98.1 % of its teacher's score (733, deviation of 30 games 155, seed 1), with 7 % of its
+               parameters, in 19 min, beside that run; paper: 130.6 %
     Run      python policy_distillation.py --total-rounds 8 --eval-every 2
                --teachers runs/freeway/checkpoint.pt runs/qbert/checkpoint.pt
     Result   not yet measured

@@ -102,6 +102,16 @@ done
 python policy_distillation.py --stage teacher --env-ids FreewayNoFrameskip-v4 --total-timesteps 350000 --epsilon-timesteps 100000 --final-epsilon 0.01 --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4 --run-dir runs/policy_distillation/freeway_teacher
 python policy_distillation.py --stage teacher --env-ids QbertNoFrameskip-v4 --total-timesteps 350000 --epsilon-timesteps 100000 --final-epsilon 0.01 --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4 --run-dir runs/policy_distillation/qbert_teacher
 
+# policy_distillation.py: students
+for game in freeway qbert; do
+    for student in net2 net1 net3; do
+        python policy_distillation.py --student $student --total-rounds 4 --eval-every 2 --teachers runs/policy_distillation/${game}_teacher/checkpoint.pt --run-dir runs/policy_distillation/$game/kl-${student}__seed1
+    done
+    for loss in nll mse; do
+        python policy_distillation.py --loss $loss --student net2 --total-rounds 4 --eval-every 2 --teachers runs/policy_distillation/${game}_teacher/checkpoint.pt --run-dir runs/policy_distillation/$game/$loss-net2__seed1
+    done
+done
+
 # straw.py: mazes of 11x11
 python straw.py --model straw --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --commitment-cost 5e-4 --total-timesteps 10000000 --run-dir runs/straw/maze_11/straw__seed1
 python straw.py --model strawe --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --commitment-cost 5e-4 --total-timesteps 10000000 --run-dir runs/straw/maze_11/strawe__seed1

@@ -377,7 +377,7 @@ for game in ("qbert", "freeway"):
             folder=f"policy_distillation/{game}",
             title=f"Policy distillation: students of a teacher of {game.capitalize()}",
             tag="charts/agreement",
-            y="screens on which student and teacher agree (share)",
+            y="actions that are the teacher's (share)",
             x=(UPDATES,),
         )
     )
@@ -499,7 +499,7 @@ def draw_overview() -> Path:
     for axis in axes.flat[len(first) :]:
         axis.set_visible(False)
     figure.tight_layout()
-    figure.savefig(RESULTS / "overview.png", dpi=75)
+    figure.savefig(RESULTS / "overview.png", dpi=70)
     plt.close(figure)
     return RESULTS / "overview.png"
 

@@ -35,6 +35,14 @@ KEPT = {  # rows of results/README.md: the runs that they are the mean of, their
     "A3C, HalfCheetah": ("a3c_continuous/half_cheetah/seed*.csv", RETURN),
     "DQN, Freeway, to be a teacher": ("policy_distillation/freeway_teacher/seed*.csv", RETURN),
     "DQN, Q*bert, to be a teacher": ("policy_distillation/qbert_teacher/seed*.csv", RETURN),
+    "Distillation, Freeway": (
+        "policy_distillation/freeway/kl-net2__seed*.csv",
+        "eval/percent_of_teacher",
+    ),
+    "Distillation, Q*bert": (
+        "policy_distillation/qbert/kl-net2__seed*.csv",
+        "eval/percent_of_teacher",
+    ),
     "PRONG, CIFAR-10": ("prong/cifar10/prong__seed*.csv", "eval/validation_error"),
     "Bayes by Backprop, MNIST": ("bayes_by_backprop/mnist/mixture__seed*.csv", "eval/error"),
     "Bayes by Backprop, mushrooms": ("bayes_by_backprop/bandit/bbb-50000__*", "charts/regret"),
