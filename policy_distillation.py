@@ -475,21 +475,51 @@ def evaluate_games(
     return metrics
 
 
+class CentredRMSProp(torch.optim.Optimizer):
+    """Divides a gradient by its running deviation (Graves 2013, equations 38 to 41).
+
+    In torch's own a variance that rounding has made negative, as where a gradient hardly changes,
+    becomes NaN; all else is equal, to the bit.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, decay: float, eps: float):
+        super().__init__(parameters, {"lr": lr, "decay": decay, "eps": eps})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            decay = group["decay"]
+            for theta in group["params"]:
+                if theta.grad is None:
+                    continue
+                mean, square = self.averages(theta)
+                mean.lerp_(theta.grad, 1 - decay)
+                square.mul_(decay).addcmul_(theta.grad, theta.grad, value=1 - decay)
+                variance = square.addcmul(mean, mean, value=-1).clamp_(min=0)
+                theta.addcdiv_(theta.grad, variance.sqrt_().add_(group["eps"]), value=-group["lr"])
+
+    def averages(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the gradient and of its square."""
+        state = self.state[theta]
+        if not state:
+            state.update(mean=torch.zeros_like(theta), square=torch.zeros_like(theta))
+        return state["mean"], state["square"]
+
+
 def make_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
     """For students and DQN alike."""
     parameters = list(net.parameters())
-    given = {"capturable": True} if parameters[0].is_cuda else {}  # recorded() needs it
-    given["lr"] = args.learning_rate
-    if args.optimizer == "adam":
-        return torch.optim.Adam(parameters, fused=True, **given)
+    if args.optimizer == "adam":  # capturable: recorded() needs it
+        capturable = parameters[0].is_cuda
+        return torch.optim.Adam(parameters, args.learning_rate, fused=True, capturable=capturable)
     eps = args.learning_rate / args.max_learning_rate  # so that rate / (deviation + eps) < maximum
-    return torch.optim.RMSprop(parameters, alpha=0.95, eps=eps, centered=True, **given)
+    return CentredRMSProp(parameters, args.learning_rate, decay=0.95, eps=eps)
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load an optimizer's state, wherever it was saved: only a GPU's is capturable."""
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        saved["capturable"] = group["capturable"]
+        saved["capturable"] = group.get("capturable", False)
     optimizer.load_state_dict(state)
 
 

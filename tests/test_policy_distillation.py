@@ -630,6 +630,27 @@ def test_a_gpu_learns_what_it_would_without_graphs(optimizer, bfloat16, monkeypa
     assert same(*nets)
 
 
+def test_math_centred_rmsprop_is_torchs_without_its_roots_of_negative_numbers():
+    """Gradients that change, then one that stays, which rounding makes NaN in torch's."""
+    torch.manual_seed(0)
+    start, networks = torch.randn(5000), []
+    gradients = [*torch.randn(20, 5000), *torch.randn(5000).expand(400, -1)]
+    for make in (
+        partial(policy_distillation.CentredRMSProp, lr=0.01, decay=0.95, eps=1e-3),
+        partial(torch.optim.RMSprop, lr=0.01, alpha=0.95, eps=1e-3, centered=True),
+    ):
+        theta, unused = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(2))
+        optimizer = make([theta, unused])
+        for gradient in gradients:
+            theta.grad = gradient.clone()
+            optimizer.step()
+        assert torch.equal(unused, torch.ones(2))
+        networks.append(theta.detach())
+    ours, torchs = networks
+    assert ours.isfinite().all() and torchs.isnan().any()
+    assert torch.equal(ours[torchs.isfinite()], torchs[torchs.isfinite()])
+
+
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
 def test_an_optimizers_state_may_come_from_another_device(optimizer):
     net = GameNetwork(WIDTHS["net3"], [2])
