@@ -519,7 +519,8 @@ def make_optimizer(net: nn.Module, args: Args) -> torch.optim.Optimizer:
 def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load an optimizer's state, wherever it was saved: only a GPU's is capturable."""
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        saved["capturable"] = group.get("capturable", False)
+        if "capturable" in group:
+            saved["capturable"] = group["capturable"]
     optimizer.load_state_dict(state)
 
 

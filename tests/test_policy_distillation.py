@@ -657,9 +657,9 @@ def test_an_optimizers_state_may_come_from_another_device(optimizer):
     ours = policy_distillation.make_optimizer(net, Args(optimizer=optimizer))
     policy_distillation.update(ours, net(torch.zeros(1, 84, 84, 4, dtype=torch.uint8)).sum())
     state = ours.state_dict()
-    state["param_groups"][0]["capturable"] = True  # as a GPU's is
+    state["param_groups"][0] |= {"capturable": True} if optimizer == "adam" else {}  # as a GPU's is
     policy_distillation.restore(ours, state)
-    assert ours.param_groups[0]["capturable"] is False
+    assert not ours.param_groups[0].get("capturable")
     before = net.outputs[0][0].bias.clone()
     policy_distillation.update(ours, net(torch.zeros(1, 84, 84, 4, dtype=torch.uint8)).sum())
     assert not torch.equal(before, net.outputs[0][0].bias)
@@ -1283,7 +1283,7 @@ def test_learns_from_all_rounds_so_far_and_is_evaluated_when_due(tmp_path, monke
     without_collectors(monkeypatch)
     ends, teacher = [], teacher_file(tmp_path / "a.pt", SIDE, 2)
 
-    def learn(net, optimizer, memories, args, end):
+    def learn(update, memories, args, end):
         ends.append(end)
         return {}
 
