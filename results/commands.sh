@@ -133,32 +133,36 @@ for seed in 1 2 3; do
         python spatial_transformer_mnist.py --transform $transform --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/R_fcn/${transform}__seed$seed
     done
 done
-for distortion in RTS P E TC; do
-    python spatial_transformer_mnist.py --distortion $distortion --transform none --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_fcn/none__seed1
-done
-for transform in affine tps; do
-    python spatial_transformer_mnist.py --distortion RTS --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/RTS_fcn/${transform}__seed1
-    for distortion in P E; do
-        python spatial_transformer_mnist.py --distortion $distortion --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_fcn/${transform}__seed1
+for seed in 1 2 3; do
+    for distortion in RTS P E TC; do
+        python spatial_transformer_mnist.py --distortion $distortion --transform none --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_fcn/none__seed$seed
     done
+    for transform in affine tps; do
+        python spatial_transformer_mnist.py --distortion RTS --transform $transform --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/RTS_fcn/${transform}__seed$seed
+        for distortion in P E; do
+            python spatial_transformer_mnist.py --distortion $distortion --transform $transform --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_fcn/${transform}__seed$seed
+        done
+    done
+    python spatial_transformer_mnist.py --distortion TC --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_fcn/affine__seed$seed
 done
-python spatial_transformer_mnist.py --distortion TC --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 10000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_fcn/affine__seed1
 for seed in 1 2 3; do
     python spatial_transformer_mnist.py --model cnn --bfloat16 --transform none --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/R_cnn/none__seed$seed
     for transform in affine tps; do
         python spatial_transformer_mnist.py --model cnn --bfloat16 --transform $transform --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/R_cnn/${transform}__seed$seed
     done
 done
-for distortion in RTS P E TC; do
-    python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion $distortion --transform none --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_cnn/none__seed1
-done
-for transform in affine tps; do
-    python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion RTS --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/RTS_cnn/${transform}__seed1
-    for distortion in P E; do
-        python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion $distortion --transform $transform --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_cnn/${transform}__seed1
+for seed in 1 2 3; do
+    for distortion in RTS P E TC; do
+        python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion $distortion --transform none --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_cnn/none__seed$seed
     done
+    for transform in affine tps; do
+        python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion RTS --transform $transform --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/RTS_cnn/${transform}__seed$seed
+        for distortion in P E; do
+            python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion $distortion --transform $transform --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/${distortion}_cnn/${transform}__seed$seed
+        done
+    done
+    python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --seed $seed --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine__seed$seed
 done
-python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine__seed1
 python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.01 --total-iterations 9000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine-9000__seed1
 python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 3000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine-adam__seed1
 python spatial_transformer_mnist.py --model cnn --bfloat16 --distortion TC --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 9000 --report-every 500 --run-dir runs/spatial_transformer_mnist/TC_cnn/affine-adam-9000__seed1
