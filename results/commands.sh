@@ -176,7 +176,8 @@ python spatial_transformer_mnist.py --distortion RTS --learning-rate 0.03 --sgd-
 python spatial_transformer_mnist.py --model cnn --bfloat16 --transform none --learning-rate 0.03 --sgd-momentum 0.9 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/R_cnn_long/none__seed1
 python spatial_transformer_mnist.py --model cnn --bfloat16 --learning-rate 0.03 --sgd-momentum 0.9 --localisation-learning-rate 0.03 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/R_cnn_long/affine__seed1
 
-# spatial_transformer_mnist.py: the sum of two digits
+# spatial_transformer_mnist.py: the sum of two digits, on a GPU (to 120,000 updates), then on a core
+python spatial_transformer_mnist.py --task addition --num-transformers 2 --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 150000 --report-every 5000 --run-dir runs/spatial_transformer_mnist/addition_fcn_long/affine-2__seed1
 python spatial_transformer_mnist.py --task addition --transform none --optimizer adam --learning-rate 0.001 --total-iterations 20000 --report-every 1000 --run-dir runs/spatial_transformer_mnist/addition_fcn/none__seed1
 python spatial_transformer_mnist.py --task addition --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 20000 --report-every 1000 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine__seed1
 python spatial_transformer_mnist.py --task addition --num-transformers 2 --optimizer adam --learning-rate 0.001 --localisation-learning-rate 0.001 --total-iterations 20000 --report-every 1000 --run-dir runs/spatial_transformer_mnist/addition_fcn/affine-2__seed1

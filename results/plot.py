@@ -306,11 +306,12 @@ for run, title, error in (
     ("R_fcn", ": turned digits", 1.2),
     ("RTS_fcn", ": turned, scaled and moved digits", 0.8),
     ("R_cnn", " in convolutional networks: turned digits", 0.7),
+    ("addition_fcn", ": the sum of two digits", 9.0),
 ):
     EXPERIMENTS.append(
         Experiment(
             folder=f"spatial_transformer_mnist/{run}_long",
-            title=f"Spatial transformers{title}, 150,000 updates",
+            title=f"Spatial transformers{title}, the paper's length",
             tag="eval/error",
             y="test error (%)",
             x=(UPDATES,),

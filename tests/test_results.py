@@ -63,7 +63,7 @@ KEPT = {  # rows of results/README.md: the runs that they are the mean of, their
         "eval/error",
     ),
     "Spatial transformers, the sum of two digits": (
-        "spatial_transformer_mnist/addition_fcn/affine-2__seed*.csv",
+        "spatial_transformer_mnist/addition_fcn_long/affine-2__seed*.csv",
         "eval/error",
     ),
     "Cyclic symmetry, turned digits, pool": (
