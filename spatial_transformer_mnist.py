@@ -29,8 +29,8 @@
 
 Departures: ours (the paper's)
     the Run lines: momentum 0.9 (not told), rates 0.03 (0.01), also of the localisation network, on
-      RTS 0.01; the second one after 10,000, sums after 120,000 updates (150,000), with Adam and rates
-      of 0.001; the CNN in 16 bits; one run but where seeds are told (the mean of three)
+      RTS 0.01; the second one after 10,000, sums after 120,000 updates (150,000), these with Adam
+      and rates of 0.001; the CNN in 16 bits; one run but where seeds are told (the mean of three)
     canvas 28x28 for R, which cuts the corners of a few digits, 42x42 for RTS, P and E, 60x60 for
       TC (told for RTS and TC alone)
     on RTS, TC and addition the transformer samples 56x56, halved to 28x28 by the mean (sizes not
