@@ -43,26 +43,28 @@ Departures: ours (the paper's)
     30 games of an evaluation (100), begun with no-ops (human starts): compare the student's scores
       with its teacher's here, not with the paper's
     losses are means over minibatches of 32 (sums over the data; minibatches not told)
-    RMSProp centred, rate 2.5e-4, epsilon 2.5e-4 / 0.08 added to the root (DQN 2015: 0.01 inside it;
-      the paper's students: a variant with rates 1e-4 to 1e-3 and "maximum learning rates" 1e-3 to
-      1e-1, which we take to be the rate divided by epsilon)
+    RMSProp is centred, with rate 2.5e-4 and epsilon 2.5e-4 / 0.08 outside the root (DQN 2015: 0.01
+      inside it; the students: a variant, rates 1e-4 to 1e-3, "maximum learning rates" 1e-3 to 1e-1,
+      read here as the rate divided by epsilon); weights begin as torch's do (not told)
     several games share the hour of a round equally; each is played by 8 games a process side by
-      side, which go on in the next round (teachers take turns, by episodes)
-    a minibatch comes from a game drawn at random, as in appendix A (section 3.3: in turns)
+      side, which go on in the next round, for as many steps as go into the hour for all of them
+      (teachers take turns, by episodes); the replay keeps the screens as networks see them, 84x84
+    a minibatch comes from a game drawn at random (appendix A; section 3.3: in turns)
     screens turn grey before the maximum of two is taken, as gymnasium does it (after)
     today's action sets: Pong 6 (3), so output layers have other sizes than the paper's; sticky
       actions with *-v0 and ALE/*-v5 ids (none)
     a lost life ends an episode of the DQN's training (not told)
-    --online: the DQN, play and the student take turns by rounds (all at once); a high score is the
-      mean of eval_episodes games after a round, with other seeds than those that compare teacher
-      and student (not told)
+    --online: one game; the DQN, play and the student take turns by rounds (all at once), in 500
+      rounds the DQN makes 27 million steps (100 million); a high score is the mean of eval_episodes
+      games after a round, the first one's included, with other seeds than those that compare
+      teacher and student (not told)
     Multi-DQN: its games and their updates take turns ("evenly interleaved"); exploration, updates
-      and target count the steps of all games together, the memory and learning_starts those of
-      each game (not told)
+      and target are counted in steps of all games together, the memory and learning_starts in steps
+      of each (not told)
     ours alone, off by default: --bfloat16, --optimizer adam (as in later public baselines of DQN)
-    the DQN's target network follows every 10,000 steps (DQN 2015: updates, of four steps each); its
-      exploration falls from the first step on (from the first update); it does not learn from steps
-      that run into the time limit (not told)
+    the DQN's target network is renewed every 10,000 steps (DQN 2015: 10,000 updates, which are
+      40,000 steps); its exploration falls from the first step on (from the first update); steps
+      that run into the time limit teach it nothing (not told)
     --student auto: multi3 for several games, be they ten (multi10)
 
 Symbols: q teacher's Q-values; tau temperature; S student's outputs, logits of its policy; a_tm1
@@ -353,8 +355,9 @@ class ScreenMemory:
 
     Step t of a lane lies in slot t % slots: its newest screen, its age (steps since its episode
     began, at most 3) and the values that go with it. Every screen is stored once; stacks of four
-    are rebuilt, and never reach into another episode. Slots beyond the capacity are for the history
-    of the oldest step and for `spare` steps that may be written while all the others stay.
+    are rebuilt, and never reach into another episode. Three more slots keep the history of the
+    oldest step; `spare` more take what a run that crashes wrote since its last checkpoint, so that
+    the resumed one finds its `capacity` untouched.
 
     The arrays are files, mapped by every process that opens them: processes share them, a resumed
     run finds them.
@@ -444,7 +447,7 @@ def evaluate_games(
 ) -> dict[str, float]:
     """One network's scores in all games; percent of the teachers', if any, and geometric mean.
 
-    known: the scores of teachers that have not changed since an evaluation, which adds to it.
+    known: by game, teachers' scores that an earlier evaluation found; this one adds its own.
 
     No percentage where the teacher's score is not above 0, no geometric mean unless all scores are;
     a line then says so.
@@ -535,9 +538,9 @@ def recorded(compute: Callable[..., Tensor], args: Args) -> Callable[..., Tensor
     """compute(g, *tensors) of a game g, made fast on a GPU; its result on the CPU.
 
     A GPU is done with a small network before Python has launched the next layer. So there the
-    fourth call for a game is recorded as a CUDA graph, which it and later ones replay with their
-    tensors. The three before make what is made at first use, like the optimizer's state. compute
-    must not wait for the GPU, and no autograd graph may outlive it.
+    first three calls for a game are plain ones, which make what is made at first use, like the
+    optimizer's state; the fourth is recorded as a CUDA graph, which it and all later ones replay
+    with their tensors. compute must not wait for the GPU, and no autograd graph may outlive it.
     """
     device, calls, recordings = choose_device(args.device), Counter(), {}
 
@@ -572,7 +575,7 @@ class DeepQLearner:
         seeds = independent_seeds(len(args.env_ids), args.seed, 1 + args.num_collectors)
         self.games = [Game(i, True, seed) for i, seed in zip(args.env_ids, seeds, strict=True)]
         spare = args.round_steps if args.online else args.report_every  # until the next checkpoint
-        sizes = 1, args.dqn_memory_steps, spare, 4  # action, clipped reward, terminated, truncated
+        sizes = 1, args.dqn_memory_steps, spare, 4  # action, clipped reward, terminated, unseen
         self.memories = [ScreenMemory(folder / f"dqn_{g}", *sizes) for g in range(len(self.games))]
 
     def state_dict(self) -> dict:
@@ -601,7 +604,8 @@ class DeepQLearner:
         with torch.no_grad():
             a = int(epsilon_greedy(self.q(g, s), epsilon))
         r_t, terminated, truncated, info = game.step(a)
-        values = torch.tensor([[a, np.clip(r_t, -1, 1), terminated, truncated and not terminated]])
+        unseen = truncated and not terminated  # what would have followed
+        values = torch.tensor([[a, np.clip(r_t, -1, 1), terminated, unseen]])
         self.memories[g].write(slice(0, 1), self.steps // len(self.games), s, [age], values)
         if "episode" in info:
             game.begin(int(torch.randint(2**31, ())))
@@ -655,7 +659,7 @@ class DeepQLearner:
 def renew_teacher(learner: DeepQLearner, teacher: GameNetwork, args: Args) -> dict[str, float]:
     """A round of the online DQN, which at a new high score becomes the teacher (appendix C)."""
     metrics = learner.learn(args.round_steps)
-    other_seeds = replace(args, seed=args.seed + 1)  # the best of many scores was lucky, too
+    other_seeds = replace(args, seed=2**32 - 1 - args.seed)  # the best of many was lucky, too
     score = evaluate(learner.net, args.env_ids[0], other_seeds)["episodic_return"]
     if score > learner.high_score:
         learner.high_score = score
@@ -705,10 +709,11 @@ def collector(
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which would outlive the process
     main_process, K, steps = mp.parent_process(), args.envs_per_collector, lane_steps(args)
     memories = student_memories(args, folder, [teacher.num_actions[0] for teacher in teachers])
-    new = [[(seed, []) for seed in independent_seeds(K, args.seed, 1 + rank)]] * len(memories)
+    new = [(seed, []) for seed in independent_seeds(K, args.seed, 1 + rank)]  # of every kind
+    begun = states[rank] if states else [new] * len(memories)
     kinds = [
-        [Game(env_id, False, *state) for state in of_kind]
-        for env_id, of_kind in zip(args.env_ids, states[rank] if states else new, strict=True)
+        [Game(env_id, False, seed, actions) for seed, actions in of_kind]
+        for env_id, of_kind in zip(args.env_ids, begun, strict=True)
     ]
     while main_process.is_alive():
         if rounds == wanted.value:
@@ -978,16 +983,21 @@ def check_flags(args: Args) -> None:
     lanes, tau = n * args.num_collectors * args.envs_per_collector, args.temperature
     rates, repeats = (args.learning_rate, args.max_learning_rate), len(set(args.env_ids)) < n
     played = lane_steps(args) if distils and n > 0 else 1
+    steps = args.total_timesteps if learns else args.total_rounds * args.round_steps  # of a DQN
     refused = {
         "--env-ids needs at least one game.": n == 0,
-        "A student needs --teachers a.pt b.pt, checkpoints of --stage teacher or of gorila_dqn.py, "
-        "or one that learns beside it, --online; one of the two. A DQN needs --stage teacher.": (
+        "A student needs either --teachers a.pt b.pt, checkpoints of --stage teacher or of "
+        "gorila_dqn.py, or --online; to train a DQN alone pass --stage teacher.": (
             distils and bool(args.teachers) == args.online
         ),
         "--online distils a single game: pass one of --env-ids.": args.online and n > 1,
         f"--env-ids must name each game once, not {', '.join(args.env_ids)}.": repeats,
-        "--temperature must be above 0; its limit at 0 is --loss nll.": np.float32(tau) == 0,
-        "--learning-rate and --max-learning-rate must be above 0.": 0 in rates,
+        f"{steps} steps, shared out among {n} games, must go beyond the --learning-starts "
+        f"{args.learning_starts} of each.": (
+            (learns or args.online) and steps <= n * args.learning_starts
+        ),
+        "--temperature must be at least 1e-30; its limit at 0 is --loss nll.": tau < 1e-30,
+        "--learning-rate and --max-learning-rate must lie above 1e-30.": min(rates) < 1e-30,
         f"--round-steps {args.round_steps} must give each of {lanes} games side by side a step.": (
             played == 0
         ),
@@ -1005,7 +1015,7 @@ def load_teacher(path: str) -> tuple[str, GameNetwork]:
     """The game of a checkpoint and the network that has learned it."""
     try:
         checkpoint = torch.load(path, map_location="cpu")
-        env_id, *_ = checkpoint["args"].get("env_ids") or [checkpoint["args"]["env_id"]]
+        env_id, *_ = checkpoint["args"].get("env_ids") or [checkpoint["args"]["env_id"]]  # Gorila
         if checkpoint["args"].get("stage") == "distill":
             raise ValueError("a student")
         theirs = {name.replace("q.", "outputs.0.0."): x for name, x in checkpoint["net"].items()}
@@ -1038,27 +1048,29 @@ def student_memories(args: Args, folder: Path, num_actions: list[int]) -> list[S
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the replays; a run goes on only with those that its checkpoint tells."""
+    """Bytes of the replays: a run does not go on with those of another one."""
     return {path.name: path.stat().st_size for path in folder.glob("*")}
 
 
 def check_memory(args: Args, num_actions: list[int]) -> None:
     """Tell how large the replays become; refuse what the machine does not have."""
-    needed = 0
+    needed, flags = 0, []
     if args.stage == "distill":
+        flags.append("--memory-steps")
         needed += sum(args.memory_steps * (84 * 84 + 1 + 4 * A) for A in num_actions)
     if args.stage == "teacher" or args.online:
         steps = args.dqn_memory_steps + (args.round_steps if args.online else args.report_every)
+        flags += "--dqn-memory-steps", "--round-steps" if args.online else "--report-every"
         needed += len(num_actions) * steps * (84 * 84 + 1 + 4 * 4)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     folder = Path(args.resume or args.run_dir or "runs").absolute()
     folder = next(path for path in (folder, *folder.parents) if os.path.isdir(path))
-    disk = memory if args.resume else shutil.disk_usage(folder).free
+    disk = memory if args.resume else shutil.disk_usage(folder).free  # resumed: it has its files
     told = f"The replays take up to {needed / 1e9:.2f} GB"
     if needed > min(memory, disk):
         raise SystemExit(
             f"{told}, as files that should fit into memory; this machine has {memory / 1e9:.2f} GB "
-            f"and {disk / 1e9:.2f} GB of disk for them: lower --memory-steps, --dqn-memory-steps."
+            f"and {disk / 1e9:.2f} GB of disk for them: lower {' or '.join(flags)}."
         )
     tqdm.write(f"{told} of this machine's {memory / 1e9:.2f} GB.")
 
@@ -1146,7 +1158,7 @@ def distill(
     if args.online:
         learning = copy.deepcopy(teachers[0]).to(choose_device(args.device))
         parts["learner"] = DeepQLearner(learning, args, folder)
-    halves, games = checkpoint.get("halves", 0), checkpoint.get("games")  # over; as they stand
+    halves, games = checkpoint.get("halves", 0), checkpoint.get("games")  # of rounds, done; states
     for name, part in parts.items():
         if checkpoint and name == "optimizer":
             restore(part, checkpoint[name])
@@ -1241,7 +1253,9 @@ def run(args: Args) -> dict[str, float]:
     if args.resume or args.evaluate:
         path, shaping = Path(args.resume or args.evaluate), ["stage", "env_ids", "student"]
         if args.resume:
-            shaping = sorted(vars(args).keys() - set(MAY_CHANGE))
+            shaping = vars(args).keys() - set(MAY_CHANGE)
+            shaping |= {"eval_episodes", "eval_epsilon"} if args.online else set()  # a high score's
+            shaping = sorted(shaping)
         checkpoint = load_checkpoint(path, args, net, *shaping)
         theirs, ours = checkpoint.get("teachers", {}), teachers.state_dict()
         if not args.online and any(not torch.equal(theirs[name], ours[name]) for name in theirs):
