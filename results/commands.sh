@@ -111,6 +111,8 @@ for game in freeway qbert; do
         python policy_distillation.py --loss $loss --student net2 --total-rounds 4 --eval-every 2 --teachers runs/policy_distillation/${game}_teacher/checkpoint.pt --run-dir runs/policy_distillation/$game/$loss-net2__seed1
     done
 done
+python policy_distillation.py --total-rounds 8 --eval-every 2 --teachers runs/policy_distillation/freeway_teacher/checkpoint.pt runs/policy_distillation/qbert_teacher/checkpoint.pt --run-dir runs/policy_distillation/two_games/kl-multi3__seed1
+python policy_distillation.py --stage teacher --total-timesteps 350000 --epsilon-timesteps 100000 --final-epsilon 0.01 --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4 --teachers runs/policy_distillation/freeway_teacher/checkpoint.pt runs/policy_distillation/qbert_teacher/checkpoint.pt --run-dir runs/policy_distillation/multi_dqn/seed1
 
 # straw.py: mazes of 11x11
 python straw.py --model straw --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --commitment-cost 5e-4 --total-timesteps 10000000 --run-dir runs/straw/maze_11/straw__seed1

@@ -382,6 +382,30 @@ for game in ("qbert", "freeway"):
             x=(UPDATES,),
         )
     )
+EXPERIMENTS.append(
+    Experiment(
+        folder="policy_distillation/two_games",
+        title="Policy distillation: one student of Q*bert and Freeway",
+        tag="charts/agreement/QbertNoFrameskip-v4",
+        y="actions that are the teacher's in Q*bert (share)",
+        x=(UPDATES,),
+    )
+)
+EXPERIMENTS.append(
+    Experiment(
+        folder="policy_distillation/multi_dqn",
+        title="Multi-DQN on Q*bert and Freeway",
+        tag="charts/episodic_return/QbertNoFrameskip-v4",
+        y="score of a training game of Q*bert",
+        beside=(
+            (
+                "DQN, Q*bert alone",
+                "policy_distillation/qbert_teacher/seed1.csv",
+                "charts/episodic_return",
+            ),
+        ),
+    )
+)
 for game in ("qbert", "freeway"):
     EXPERIMENTS.append(
         Experiment(

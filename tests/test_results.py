@@ -43,6 +43,15 @@ KEPT = {  # rows of results/README.md: the runs that they are the mean of, their
         "policy_distillation/qbert/kl-net2__seed*.csv",
         "eval/percent_of_teacher",
     ),
+    "Distillation, Q*bert, of Q-values": (
+        "policy_distillation/qbert/mse-net2__seed*.csv",
+        "eval/percent_of_teacher",
+    ),
+    "Distillation, two games": (
+        "policy_distillation/two_games/kl-multi3__seed*.csv",
+        "eval/geometric_mean",
+    ),
+    "Multi-DQN, two games": ("policy_distillation/multi_dqn/seed*.csv", "eval/geometric_mean"),
     "PRONG, CIFAR-10": ("prong/cifar10/prong__seed*.csv", "eval/validation_error"),
     "Bayes by Backprop, MNIST": ("bayes_by_backprop/mnist/mixture__seed*.csv", "eval/error"),
     "Bayes by Backprop, mushrooms": ("bayes_by_backprop/bandit/bbb-50000__*", "charts/regret"),
