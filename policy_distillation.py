@@ -1001,7 +1001,7 @@ def check_flags(args: Args) -> None:
         f"--env-ids must name each game once, not {', '.join(args.env_ids)}.": repeats,
         f"{steps} steps, shared out among {n} games, must go beyond the --learning-starts "
         f"{args.learning_starts} of each.": (
-            (learns or args.online) and steps <= n * args.learning_starts
+            (learns or args.online) and not args.evaluate and steps <= n * args.learning_starts
         ),
         "--temperature must be at least 1e-30; its limit at 0 is --loss nll.": tau < 1e-30,
         "--learning-rate and --max-learning-rate must lie above 1e-30.": min(rates) < 1e-30,

@@ -1320,7 +1320,7 @@ def test_learns_with_a_teacher_evaluated_anew_only_if_it_changes(
     monkeypatch.setattr(policy_distillation, "evaluate", evaluate)
     for name in ("learn_from_memories", "draw_policies", "renew_teacher"):
         monkeypatch.setattr(policy_distillation, name, lambda *_: {})
-    given = {"env_ids": (SIDE,), "online": True}
+    given = {"env_ids": (SIDE,), "online": True, "learning_starts": 20}
     if not online:
         given = {"teachers": (teacher_file(tmp_path / "a.pt", SIDE, 2),)}
     policy_distillation.main(tiny(tmp_path, **given, eval_every=1, total_rounds=3))
@@ -1380,7 +1380,8 @@ def test_learns_from_the_networks_of_its_seed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(policy_distillation, "run_stage", run_stage)
     for seed in (1, 1, 2):
-        policy_distillation.main(tiny(tmp_path, env_ids=(SIDE,), online=True, seed=seed))
+        flags = {"online": True, "learning_starts": 20, "seed": seed}
+        policy_distillation.main(tiny(tmp_path, env_ids=(SIDE,), **flags))
     assert same(begun[0], begun[1])
     assert not any(same(one, other) for one, other in zip(begun[0], begun[2]))
 
@@ -1507,7 +1508,8 @@ def test_learns_from_teachers_in_shared_memory(tmp_path, monkeypatch):
         return {}
 
     monkeypatch.setattr(policy_distillation, "run_stage", run_stage)
-    for flags in ({"teachers": (teacher,)}, {"online": True, "env_ids": (SIDE,)}):
+    online = {"online": True, "env_ids": (SIDE,), "learning_starts": 20}
+    for flags in ({"teachers": (teacher,)}, online):
         policy_distillation.main(tiny(tmp_path, **flags))
     assert found == [True] * 20
 
