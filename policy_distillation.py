@@ -190,7 +190,8 @@ def kl_loss(S: Tensor, q: Tensor, tau: float) -> Tensor:
 
 
 def distillation_loss(S: Tensor, q: Tensor, args: Args) -> Tensor:
-    """The one of --loss."""
+    """The one of --loss; the teacher is given, no gradient goes into it."""
+    q = q.detach()
     if args.loss == "kl":
         return kl_loss(S, q, args.temperature)
     return nll_loss(S, q) if args.loss == "nll" else mse_loss(S, q)
@@ -1022,7 +1023,7 @@ def load_teacher(path: str) -> tuple[str, GameNetwork]:
     """The game of a checkpoint and the network that has learned it."""
     try:
         checkpoint = torch.load(path, map_location="cpu")
-        env_id, *_ = checkpoint["args"].get("env_ids") or [checkpoint["args"]["env_id"]]  # Gorila
+        env_id, *_ = checkpoint["args"].get("env_ids") or [checkpoint["args"]["env_id"]]  # Gorila's
         if checkpoint["args"].get("stage") == "distill":
             raise ValueError("a student")
         theirs = {name.replace("q.", "outputs.0.0."): x for name, x in checkpoint["net"].items()}
@@ -1260,9 +1261,8 @@ def run(args: Args) -> dict[str, float]:
     if args.resume or args.evaluate:
         path, shaping = Path(args.resume or args.evaluate), ["stage", "env_ids", "student"]
         if args.resume:
-            shaping = vars(args).keys() - set(MAY_CHANGE)
-            shaping |= {"eval_episodes", "eval_epsilon"} if args.online else set()  # a high score's
-            shaping = sorted(shaping)
+            of_high_score = {"eval_episodes", "eval_epsilon"} if args.online else set()
+            shaping = sorted(vars(args).keys() - set(MAY_CHANGE) | of_high_score)
         checkpoint = load_checkpoint(path, args, net, *shaping)
         theirs, ours = checkpoint.get("teachers", {}), teachers.state_dict()
         if not args.online and any(not torch.equal(theirs[name], ours[name]) for name in theirs):

@@ -230,6 +230,18 @@ def test_math_auto_is_net2_or_multi3_and_a_dqn_of_one_game_is_the_teachers_netwo
     assert layers(env_ids=("a", "b"), stage="teacher", student="multi10") == [64, 1500, 3]
 
 
+@pytest.mark.parametrize("loss", ["kl", "nll", "mse"])
+def test_gradient_of_each_loss_reaches_the_student_and_not_the_teacher(loss):
+    """Though nothing keeps the teacher's own from being computed."""
+    student, teacher = (GameNetwork(WIDTHS["net3"], [3]) for _ in range(2))
+    s = torch.randint(256, (4, 84, 84, 4), dtype=torch.uint8)
+    q = teacher(s)
+    assert q.requires_grad
+    policy_distillation.distillation_loss(student(s), q, Args(loss=loss)).backward()
+    assert all(p.grad is not None and p.grad.any() for p in student.outputs.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
 def test_gradient_outputs_of_other_games_have_none_and_stay():
     torch.manual_seed(0)
     net, s = GameNetwork(WIDTHS["multi3"], [3, 6]), torch.zeros(2, 84, 84, 4).byte()
