@@ -733,7 +733,8 @@ def save_checkpoint(path: Path, **state) -> None:
 
     A network whose parameters are not finite does not replace one that works.
     """
-    if not all(part.isfinite().all() for part in state.get("net", {}).values()):
+    parts = [part.clone() for part in state.get("net", {}).values()]  # workers may write to them
+    if not all(part.isfinite().all() for part in parts):
         raise SystemExit(
             "Parameters are no longer finite: the run stops. A checkpoint written before is kept; "
             "to begin anew with a smaller --learning-rate often helps."

@@ -726,6 +726,24 @@ def test_math_steps_of_two_processes_both_land():
     assert theta.tolist() == [1, 1, 2]
 
 
+def keep_writing(rank: int, theta: torch.Tensor, written) -> None:
+    while True:
+        theta.mul_(2).mul_(0.5)
+        written.set()
+
+
+def test_checkpoint_of_parameters_that_are_being_written(tmp_path):
+    """isfinite reads a number twice, and takes one that changes in between for a NaN."""
+    theta = torch.rand(10_000).share_memory_()
+    written = mp.get_context("spawn").Event()
+    workers = mp.spawn(keep_writing, (theta, written), nprocs=1, join=False, daemon=True)
+    assert written.wait(60)
+    for _ in range(100):
+        a3c_atari.save_checkpoint(tmp_path / "checkpoint.pt", net={"theta": theta})
+    assert workers.processes[0].is_alive()
+    workers.processes[0].kill()
+
+
 @pytest.mark.parametrize("lstm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_learns_the_toy_game(lstm, tmp_path, monkeypatch):
     """Ten points a game are the optimum, five are chance."""
