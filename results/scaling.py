@@ -5,13 +5,14 @@
     python results/scaling.py --part bundles   # the toy game, Gorila's bundles
     python results/scaling.py --env-id PongNoFrameskip-v4 --envs-per-worker 8 --seeds 1
         --learning-rate 7e-4 --reference -19.5 --max-timesteps 3000000 --report-every 50000
-        --target-period 10000 --epsilon-timesteps 1000000
+        --window 5 --target-period 10000 --epsilon-timesteps 1000000
 
-Calls the scripts as a user would. A run ends at --reference (mean return of a report; not in part
-rates), any run after --max-timesteps. Each becomes a line of results/scaling/GAME_PART.csv, and
-runs that stand there already, with the same flags, are not repeated, so the command can be stopped
-and given again. At the end the table and what it says of the claims, or the figure (rates), is made
-from the file. More workers than cores cannot be faster for that: the table tells steps from time.
+Calls the scripts as a user would. A run ends at --reference (mean return of --window reports; not
+in part rates), any run after --max-timesteps. Each becomes a line of
+results/scaling/GAME_PART.csv, and runs that stand there already, with the same flags, are not
+repeated, so the command can be stopped and given again. At the end the table and what it says of
+the claims, or the figure (rates), is made from the file. More workers than cores cannot be faster
+for that: the table tells steps from time.
 
 Returns are those of training. On the toy game 0 means that half of the balls are caught; a random
 player has -0.83, and with their final rates of exploration, 0.1, 0.01 and 0.5, the best that Q and
@@ -56,7 +57,7 @@ PAPER = {  # table 2: times faster in wall time with 1, 2, 4, 8, 16 threads, mea
 }
 INTERRUPTED = threading.Event()
 SETTINGS = ("method", "workers", "seed", "learning_rate")
-SHARED = ("reference", "max_timesteps", "report_every", "envs_per_worker")  # by all runs
+SHARED = ("reference", "max_timesteps", "report_every", "window", "envs_per_worker")  # by all runs
 SHARED += ("target_period", "epsilon_timesteps")
 FOUND = ("steps", "updates", "minutes", "score")  # updates: of Gorila's server
 
@@ -71,9 +72,10 @@ class Args:
     seeds: int = 3  # of parts workers and bundles
     rates: int = 10  # learning rates of part rates, drawn from LogUniform(1e-4, 1e-2)
     learning_rate: float = 1e-3  # of parts workers and bundles
-    reference: float = 0.0  # mean return of a report at which a run has arrived
+    reference: float = 0.0  # mean return of --window reports at which a run has arrived
     max_timesteps: int = 150_000  # of a run; its learning rate falls to 0 over twice that
     report_every: int = 2_000  # steps
+    window: int = 1  # reports; together longer than a game, as games begun at once end by length
     cores: int = 0  # that runs share, a core a worker, side by side as they fit; 0: one by one
     envs_per_worker: int = 1  # games of a worker (not of Gorila's)
     target_period: int = 0  # steps, Gorila's: updates; 0: a hundredth of max_timesteps
@@ -113,8 +115,11 @@ def follow(run_dir: Path, args: Args, process: subprocess.Popen) -> tuple:
                 for row in csv.reader(file):
                     if len(row) == 3:  # the last one may be half written
                         reports.setdefault(int(row[0]), {})[row[1]] = float(row[2] or "nan")
+        scores = []
         for step, report in reports.items():
-            score = report.get("charts/episodic_return", -np.inf)
+            scores.append(report.get("charts/episodic_return", -np.inf))
+            score = float(np.mean(scores[-args.window :]))
+            score = score if len(scores) >= args.window else -np.inf
             updates = report.get("charts/updates", "")
             here = step, updates, report.get("charts/minutes", 0.0), score
             if score >= args.reference and args.part != "rates":

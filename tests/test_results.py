@@ -257,6 +257,8 @@ def test_scaling_follows_a_run_to_its_arrival_or_through_its_last_fifth(tmp_path
     process = SimpleNamespace(poll=lambda: None, args=["python", "a3c_atari.py"])
     for flags, found in (
         ({"reference": 0.5}, (40, "", 4, 0.5)),
+        ({"reference": 0.5, "window": 3}, (60, "", 6, 1.75 / 3)),
+        ({"reference": 0.7, "window": 3}, (80, "", 8, 0.75)),
         ({"reference": 2.0}, (100, "", 10, 0.25)),
         ({"reference": 0.5, "part": "rates"}, (100, "", 10, 0.25)),
     ):
@@ -271,15 +273,16 @@ def test_scaling_reads_only_runs_of_the_same_flags(tmp_path):
     path, args = tmp_path / "runs.csv", scaling.Args(reference=0.5, max_timesteps=100)
     assert scaling.read(path, args) == []
     path.write_text(
-        "score,reference,max_timesteps,report_every,envs_per_worker,"
+        "score,reference,max_timesteps,report_every,window,envs_per_worker,"
         "target_period,epsilon_timesteps\n"
-        "1,0.5,100,2000,1,0,0\n"
-        "2,0.7,100,2000,1,0,0\n"
-        "3,0.5,900,2000,1,0,0\n"
-        "4,0.5,100,5000,1,0,0\n"
-        "5,0.5,100,2000,8,0,0\n"
-        "6,0.5,100,2000,1,7,0\n"
-        "7,0.5,100,2000,1,0,7\n"
+        "1,0.5,100,2000,1,1,0,0\n"
+        "2,0.7,100,2000,1,1,0,0\n"
+        "3,0.5,900,2000,1,1,0,0\n"
+        "4,0.5,100,5000,1,1,0,0\n"
+        "5,0.5,100,2000,5,1,0,0\n"
+        "6,0.5,100,2000,1,8,0,0\n"
+        "7,0.5,100,2000,1,1,7,0\n"
+        "8,0.5,100,2000,1,1,0,7\n"
     )
     assert [row["score"] for row in scaling.read(path, args)] == ["1"]
 
@@ -349,7 +352,7 @@ def test_scaling_measures_a_run_as_a_user_would_start_it(monkeypatch):
         return scaling.measure(scaling.Run(method, 4, 2, 0.003), args)
 
     monkeypatch.setattr(scaling.subprocess, "Popen", start)
-    flags = [4, 2, 0.003, 0.5, 1000, 20]
+    flags = [4, 2, 0.003, 0.5, 1000, 20, 1]
     assert measure("A3C", 0.5) == ["A3C", *flags, 1, 0, 0, 40, "", "1.500", "0.500"]
     assert measure("n-step Q", 0.4) == ["n-step Q", *flags, 1, 0, 0, "", "", "", "0.400"]
     measure("Gorila", 0.5)
