@@ -212,9 +212,9 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> None:
 class SharedRMSProp:
     """RMSProp whose running average g lives, like theta, in memory all workers share (eq. 1)."""
 
-    def __init__(self, theta: Sequence[Tensor], decay: float, eps: float):
+    def __init__(self, theta: Sequence[Tensor], decay: float, eps: float, start: float = 0.0):
         self.theta, self.decay, self.eps = theta, decay, eps
-        self.g = [torch.zeros_like(t).share_memory_() for t in theta]
+        self.g = [torch.full_like(t, start).share_memory_() for t in theta]
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
@@ -528,6 +528,8 @@ def worker(
         if updates % 100 == 0 or not math.isfinite(watched["losses/gradient_norm"]):
             for tag, value in watched.items():
                 log.put((tag, value, step))
+    if not main_process.is_alive():
+        log.cancel_join_thread()  # nobody will read the rest
 
 
 def write_gif(pictures: Sequence[Image.Image], path: Path, milliseconds: float) -> None:
@@ -548,20 +550,20 @@ def report(writer, step: int, metrics: dict[str, float]) -> None:
         csv.writer(file).writerows([step, name, value] for name, value in metrics.items())
 
 
-def save_checkpoint(path: Path, **state) -> None:
+def save_checkpoint(path: Path, net: dict[str, Tensor], **state) -> None:
     """Write beside the old file, then rename: a crash leaves the old one or the new one, whole.
 
     A network whose parameters are not finite does not replace one that works.
     """
-    parts = [part.clone() for part in state.get("net", {}).values()]  # workers may write to them
-    if not all(part.isfinite().all() for part in parts):
+    net = {name: part.clone() for name, part in net.items()}  # workers may go on writing to it
+    if not all(part.isfinite().all() for part in net.values()):
         raise SystemExit(
             "Parameters are no longer finite: the run stops. A checkpoint written before is kept; "
             "to begin anew with a smaller --learning-rate often helps."
         )
     part = path.with_suffix(".part")
     try:
-        torch.save(state, part)
+        torch.save({"net": net, **state}, part)
         part.replace(path)
     except (OSError, RuntimeError) as error:  # of torch's writer, where a disk is full
         part.unlink(missing_ok=True)
@@ -636,7 +638,7 @@ def keep_memory() -> None:
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-# Flags of all scripts that may not be any number from 0 up (a count: from 1)
+# Flags of all scripts whose bounds are others than 0 (of a count: 1) and 2^32 - 1
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")  # at most 1
 FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")  # or off: 0
@@ -648,10 +650,9 @@ def check(args: Args) -> None:
     for field in fields(args):
         value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
         is_count = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
-        lowest = 1 if is_count else 0
+        lowest = 1 if is_count else -(2**32 - 1) if field.name in SIGNED else 0
         highest = 1 if field.name in FRACTIONS else 2**32 - 1
-        bounded = type(value) in (int, float) and field.name not in SIGNED
-        if bounded and not lowest <= value <= highest:
+        if type(value) in (int, float) and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
         if field.name in POSITIVE and field.default and np.float32(value) == 0:
             raise SystemExit(f"{flag} must be above 0 in 32 bits, not at {value}.")
@@ -701,7 +702,7 @@ def supervise(
     last_step, last_time, last_evaluation = counter.value, time.perf_counter(), counter.value
     recent, finished = defaultdict(list), False
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit that
-    workers = mp.spawn(role, arguments, nprocs=args.num_workers, join=False)
+    workers = mp.spawn(role, arguments, nprocs=args.num_workers, join=False, daemon=True)
     try:
         signal.signal(signal.SIGINT, on_ctrl_c)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -710,7 +711,8 @@ def supervise(
             drain(log, recent)
             step, now = counter.value, time.perf_counter()
             bar.update(step - bar.n)
-            if not finished and step < last_step + args.report_every:
+            due = last_step + args.report_every <= step < args.total_timesteps
+            if not finished and not due:
                 continue
 
             seconds += now - last_time
@@ -719,10 +721,11 @@ def supervise(
             metrics["charts/minutes"] = seconds / 60  # with the evaluations before this report
             recent, last_step, last_time = defaultdict(list), step, now
             save(T=step, seconds=seconds)
-            if finished or (args.eval_every and step >= last_evaluation + args.eval_every):
-                metrics |= evaluate_now(step, partial(workers.join, 0))
-                last_evaluation = step
             report(writer, step, metrics)
+            if finished or (args.eval_every and step >= last_evaluation + args.eval_every):
+                evaluated = evaluate_now(step, partial(workers.join, 0))
+                report(writer, step, evaluated)
+                metrics, last_evaluation = metrics | evaluated, step
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # once is enough

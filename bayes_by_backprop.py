@@ -515,20 +515,20 @@ def report(writer, step: int, metrics: dict[str, float]) -> None:
         csv.writer(file).writerows([step, name, value] for name, value in metrics.items())
 
 
-def save_checkpoint(path: Path, **state) -> None:
+def save_checkpoint(path: Path, net: dict[str, Tensor], **state) -> None:
     """Write beside the old file, then rename: a crash leaves the old one or the new one, whole.
 
     A network whose parameters are not finite does not replace one that works.
     """
-    parts = [part.clone() for part in state.get("net", {}).values()]  # workers may write to them
-    if not all(part.isfinite().all() for part in parts):
+    net = {name: part.clone() for name, part in net.items()}  # workers may go on writing to it
+    if not all(part.isfinite().all() for part in net.values()):
         raise SystemExit(
             "Parameters are no longer finite: the run stops. A checkpoint written before is kept; "
             "to begin anew with a smaller --learning-rate often helps."
         )
     part = path.with_suffix(".part")
     try:
-        torch.save(state, part)
+        torch.save({"net": net, **state}, part)
         part.replace(path)
     except (OSError, RuntimeError) as error:  # of torch's writer, where a disk is full
         part.unlink(missing_ok=True)
@@ -623,7 +623,7 @@ def keep_memory() -> None:
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-# Flags of all scripts that may not be any number from 0 up (a count: from 1)
+# Flags of all scripts whose bounds are others than 0 (of a count: 1) and 2^32 - 1
 FRACTIONS = ("discount", "rmsprop_decay", "momentum_decay", "sgd_momentum")  # at most 1
 FRACTIONS += ("eval_epsilon", "final_epsilon", "teacher_epsilon", "learning_rate_decay")
 POSITIVE = ("rmsprop_eps", "max_gradient_norm", "adagrad_start", "location_std")  # or off: 0
@@ -635,10 +635,9 @@ def check(args: Args) -> None:
     for field in fields(args):
         value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
         is_count = isinstance(field.default, int) and field.default > 0 and field.name != "seed"
-        lowest = 1 if is_count else 0
+        lowest = 1 if is_count else -(2**32 - 1) if field.name in SIGNED else 0
         highest = 1 if field.name in FRACTIONS else 2**32 - 1
-        bounded = type(value) in (int, float) and field.name not in SIGNED
-        if bounded and not lowest <= value <= highest:
+        if type(value) in (int, float) and not lowest <= value <= highest:
             raise SystemExit(f"{flag} must lie between {lowest} and {highest}, not at {value}.")
         if field.name in POSITIVE and field.default and np.float32(value) == 0:
             raise SystemExit(f"{flag} must be above 0 in 32 bits, not at {value}.")

@@ -574,7 +574,7 @@ def test_math_evaluation_samples_and_carries_the_lstm_state(monkeypatch):
 
 def test_math_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    a3c_atari.save_checkpoint(path, T=1)
+    a3c_atari.save_checkpoint(path, net={}, T=1)
 
     def save_half(state, path):
         Path(path).write_bytes(b"half")
@@ -582,8 +582,8 @@ def test_math_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch)
 
     monkeypatch.setattr(torch, "save", save_half)
     with pytest.raises(KeyboardInterrupt):
-        a3c_atari.save_checkpoint(path, T=2)
-    assert torch.load(path) == {"T": 1}
+        a3c_atari.save_checkpoint(path, net={}, T=2)
+    assert torch.load(path) == {"net": {}, "T": 1}
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -600,7 +600,7 @@ def test_bad_input_a_network_of_no_numbers_does_not_replace_one_that_works(broke
 @pytest.mark.parametrize("error", [OSError("no space"), RuntimeError("enforce fail\nin C++")])
 def test_bad_input_a_full_disk_leaves_the_old_checkpoint(error, tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    a3c_atari.save_checkpoint(path, T=1)
+    a3c_atari.save_checkpoint(path, net={}, T=1)
 
     def save(state, part):
         part.write_bytes(b"half")
@@ -610,9 +610,9 @@ def test_bad_input_a_full_disk_leaves_the_old_checkpoint(error, tmp_path, monkey
     with pytest.raises(
         SystemExit, match=r"checkpoint\.pt cannot be written .*disk full"
     ) as refusal:
-        a3c_atari.save_checkpoint(path, T=2)
+        a3c_atari.save_checkpoint(path, net={}, T=2)
     assert "\n" not in str(refusal.value)
-    assert torch.load(path) == {"T": 1} and list(tmp_path.iterdir()) == [path]
+    assert torch.load(path) == {"net": {}, "T": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_flags_that_change_when_a_run_goes_on_are_told(monkeypatch):
@@ -715,6 +715,37 @@ def test_math_supervise_evaluates_and_saves_when_it_should(monkeypatch, tmp_path
     assert saved == [(step, 5 + step) for step in (200, 400, 600, 800, 1000, 1100)]
 
 
+def test_math_supervise_reports_the_last_step_once(monkeypatch, tmp_path):
+    """Workers that have made all steps take a while to end."""
+    counter, reported = SimpleNamespace(value=0), []
+
+    def join(timeout):
+        counter.value = min(1100, counter.value + 300)
+        return len(joined) == 6 or joined.append(timeout)
+
+    joined, workers = [], SimpleNamespace(processes=[], join=join)
+    monkeypatch.setattr(a3c_atari.mp, "spawn", lambda *_, **__: workers)
+    monkeypatch.setattr(a3c_atari.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(a3c_atari, "report", lambda *told: reported.append(told[1:]))
+    T, log = SimpleNamespace(get_obj=lambda: counter), SimpleNamespace(empty=lambda: True)
+    args = Args(report_every=500, total_timesteps=1000)
+    told = a3c_atari.supervise(
+        None, (), args, T, log, Mock(), 0.0, lambda **_: None, lambda *_: {"eval/a": 1.0}
+    )
+    assert [step for step, _ in reported] == [600, 1100, 1100]
+    assert reported[2][1] == {"eval/a": 1.0} and told == reported[1][1] | reported[2][1]
+
+
+def test_worker_whose_main_process_is_gone_ends_though_nobody_reads_its_log(monkeypatch):
+    for alive in (True, False):
+        parent, log = SimpleNamespace(is_alive=lambda alive=alive: alive), Mock()
+        monkeypatch.setattr(a3c_atari.mp, "parent_process", lambda parent=parent: parent)
+        monkeypatch.setattr(a3c_atari.signal, "signal", lambda *_: None)
+        args = Args(**TOY, total_timesteps=1)
+        a3c_atari.worker(0, args, 0, ActorCritic(2, "small", False), None, Locked(alive), log)
+        assert log.cancel_join_thread.called == (not alive)
+
+
 def add_one(rank: int, optimizer: SharedRMSProp) -> None:
     optimizer.step([torch.full((3,), -1.0) if rank == 0 else torch.tensor([0.0, 0.0, -1.0])], 1.0)
 
@@ -732,16 +763,19 @@ def keep_writing(rank: int, theta: torch.Tensor, written) -> None:
         written.set()
 
 
-def test_checkpoint_of_parameters_that_are_being_written(tmp_path):
+def test_checkpoint_of_parameters_that_are_being_written(tmp_path, monkeypatch):
     """isfinite reads a number twice, and takes one that changes in between for a NaN."""
     theta = torch.rand(10_000).share_memory_()
     written = mp.get_context("spawn").Event()
     workers = mp.spawn(keep_writing, (theta, written), nprocs=1, join=False, daemon=True)
     assert written.wait(60)
+    save, saved = torch.save, []
+    monkeypatch.setattr(torch, "save", lambda state, path: (saved.append(state), save(state, path)))
     for _ in range(100):
-        a3c_atari.save_checkpoint(tmp_path / "checkpoint.pt", net={"theta": theta})
+        a3c_atari.save_checkpoint(tmp_path / "checkpoint.pt", net={"theta": theta}, T=1)
     assert workers.processes[0].is_alive()
     workers.processes[0].kill()
+    assert not saved[0]["net"]["theta"].is_shared() and saved[0]["T"] == 1  # what was checked
 
 
 @pytest.mark.parametrize("lstm", [False, pytest.param(True, marks=pytest.mark.slow)])
