@@ -1,16 +1,17 @@
 """Strategic attentive writer (STRAW): plans many steps ahead, and commits itself to its plan.
 
     Paper    Vezhnevets et al., "Strategic attentive writer for learning macro-actions", NIPS 2016
-    Shows    in a maze it replans at corners and junctions (figure 3a); macro-actions of text are
-               frequent n-grams (figure 3c); noise in the plan makes exploration last (STRAWe)
+    Shows    in a maze plans change more often at corners and junctions, by a little (figure 3a);
+               that macro-actions of text are frequent n-grams (figure 3c) was not reached, that
+               noise in the plan makes exploration last (STRAWe) is open
     Run      python straw.py --model straw --num-workers 1 --envs-per-worker 8
                --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95
                --commitment-cost 5e-4 --total-timesteps 10000000
     Result   -0.25 points an episode in mazes of 11x11 (seed 1; optimal -0.165), goals at the end of
                walks of 52 steps, in 72 min, beside another run, on one core of an AMD EPYC; 6.6
-               steps where 5.3 are needed; the plan changes at 64 % of the steps, first ones
-               included; of the others, with goals anywhere, at 67 % of those in turns and 58 % in
-               corridors; paper: a map of one maze
+               steps (5.3 needed), at 64 % of which the plan changes; in ten other mazes with goals
+               anywhere, first steps not counted, at 67 % in turns and 58 % in corridors; paper: a
+               map of one maze
     Run      python straw.py --model straw --maze-size 15 --num-workers 1 --envs-per-worker 8
                --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95
                --commitment-cost 1e-4 --commitment-bias 3 --total-timesteps 10000000
@@ -32,17 +33,19 @@ Departures: ours (the paper's)
       discount 0.99, RMSProp's decay 0.99 and epsilon 0.1, gradient norm 40, value cost 0.5 (not
       told)
     the Run lines of mazes: STRAW (STRAWe), learning rate 1e-3, RMSProp's epsilon 1e-4, discount
-      0.95, lambda 5e-4, in 15x15 1e-4, 8 games of one worker, 10 million steps (200 million); goals
-      move away every 200,000 steps, in mazes of 11x11, too (2 million; there goals anywhere). That
-      of Atari: 3 million steps of one agent (500 million, the best five of many). That of text:
-      lambda 0.02 (1e-6 to 1e-2), 12 million characters (not told)
+      0.95, lambda 5e-4, in 15x15 1e-4 and b 3, 8 games of one worker, 10 million steps (200
+      million); goals move away every 200,000 steps, in mazes of 11x11, too (2 million; there
+      goals anywhere). That of Atari: 3 million steps of one agent (500 million, the best five of
+      many). That of text: lambda 0.02 (1e-6 to 1e-2), 12 million characters (not told)
     layers of the features begin orthogonal (not told); without, learning begins later
-    tanh in the planner's perceptron (not told; with ReLU plans can grow exponentially)
+    tanh in the planner's perceptron (not told; with ReLU plans can grow exponentially), f_c linear
+      (not told)
     at first A is 0 and c 1, the patch lies over the next K steps and a plan lasts 5 at most (not
-      told); the grid's centre is a sigmoid times the plan's length, from column 1 on for c, so it
-      cannot leave it (DRAW: linear); a filter whose own centre does lies at the border; the stride
-      is exp(psi) columns (DRAW: (T - 1) / (K - 1) exp(psi)), psi_c's is not used; stride and width
-      stay between 1 / T and T columns, in the Run line of text 3 (not told)
+      told); the middle of the grid stays on the plan, by a sigmoid times its length, for c from
+      column 1 on (DRAW: linear); an outer filter that falls beside it gathers at its border; the
+      stride is exp(psi) columns (DRAW: (T - 1) / (K - 1) exp(psi)), psi_c's is not used; stride and
+      width stay between 1 / T and T columns, in the Run line of text 3 (not told), and have no
+      gradient while they are held there
     STRAWe's noise begins with a sigma of about exp(-2) (not told)
     lambda is paid for c_0 after the shift: of a committed step the chance that it was drawn with,
       of one that replans an entry that no gate is drawn from; in the Run line of text for c_1, the
@@ -52,8 +55,8 @@ Departures: ours (the paper's)
     z = mu + sigma eps (whether sigma is the deviation or its square is not told)
     the map of replans leaves out first steps, which always plan (not told); their rates, over ten
       mazes, are ours; dead ends count neither as turns nor as corridors
-    gate and noise are drawn in evaluation, too (not told); an advantage is clipped in the policy's
-      gradient, not in the value's (not told)
+    gates, noise and actions are drawn in evaluation, too (not told); an advantage is clipped in the
+      policy's gradient, not in the value's (not told)
     processes, as many as there are cores (32 threads), each with K games (1), an update sums the
       gradients of their rollouts. With K > 1 these run on past the ends of games (end there)
     the state that a rollout ends in is valued with a gate and noise drawn for that alone; the step
@@ -61,14 +64,15 @@ Departures: ours (the paper's)
     mazes: 0.05 for r, perfect mazes with a tenth of the inner walls opened, 16 filters, 128 units;
       a walk that ends where it began goes on as long again (not told); after 100 steps an episode
       is cut off, its return goes on as V (not told)
-    Atari: rewards clipped to [-1, 1], an episode ends with a life, four screens, up to 30 no-ops
-      (not told); today's action sets, sticky actions with *-v0 and ALE/*-v5 ids (none)
+    Atari: rewards clipped to [-1, 1], an episode ends with a life, a game after 108,000 frames,
+      four screens, up to 30 no-ops (not told); today's action sets, sticky actions with *-v0 and
+      ALE/*-v5 ids (none)
     text: by default Python's own help, in the Run line Shakespeare (Penn Treebank), there with Adam
       at 1e-3 (gradient descent); learning rate 1, falling, gradient norm 0.5, 32 places in pieces
       of 40 characters, 256 LSTM cells (not told); mean loss (sum); macro-actions of length 3 and 4
       (4), read off the likeliest characters; the 49 most frequent characters and one for all others
-      (50 symbols), nine tenths to learn, the rest to test (not told); noise and baselines are ours;
-      no GPU
+      (50 symbols), nine tenths to learn, the rest to test, read at 32 places, too (not told); noise
+      and baselines are ours; no GPU
 
 Symbols: A action plan, c commitment plan, column 0 of both is the present; g_t gate, 1: replan; psi
 where attention lies in time, psi_c where a commitment does; mu and sigma their centres and widths,
@@ -215,7 +219,7 @@ E = 40.0  # e, what a commitment plan is written with
 def commitment_plan(psi_c: Tensor, b: Tensor, t: Tensor, max_extent: float) -> Tensor:
     """c [M, T] = sigmoid(b + write(e, psi_c)), chances of replanning (algorithm 1).
 
-    One Gaussian makes it almost certain where it lies, b is the chance before that. At the last
+    Replanning is almost certain where a narrow Gaussian lies, b is its logit elsewhere. At the last
     column it is certain, so that no plan is the last.
     """
     T = len(t)
@@ -281,7 +285,7 @@ def reach(A: Tensor, mu: Tensor, sigma: Tensor) -> int:
     """How many columns are needed: after them A is empty and filters underflow (15 sigma away)."""
     used = A.any(0).any(0).nonzero()
     farthest = max(used[-1].item() if len(used) else 0, (mu[..., -1:] + 15 * sigma).max().item())
-    return int(min(A.shape[-1], farthest + 3))
+    return int(min(A.shape[-1], farthest + 3))  # counts from 0, rounds up, peaks between columns
 
 
 def aim(linear: nn.Linear, column: float, first: int, last: int) -> None:
@@ -305,7 +309,7 @@ class StrategicAttentiveWriter(nn.Module):
             self.noise_size = width = args.noise_size
             self.channel = NoisyChannel(num_features, args.noise_size)
         self.f_psi = nn.Linear(width, 3)
-        aim(self.f_psi, max(self.K - 1, 1) / 2, 0, self.T - 1)  # the patch: columns 0 to K - 1
+        aim(self.f_psi, max(self.K - 1, 1) / 2, 0, self.T - 1)  # columns 0 to K - 1
         layers = nn.Linear(self.R * self.K + width, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()
         self.h = nn.Sequential(*layers)  # bounded: a plan that reads and edits itself could explode
         self.f_A = nn.Linear(64, self.R * self.K)
@@ -346,18 +350,16 @@ class StrategicAttentiveWriter(nn.Module):
             if begins:
                 A = A.masked_fill(fresh[n, :, None, None], 0)
                 c = c.masked_fill(fresh[n, :, None], 1)
-            c_1 = c[:, 1]
-            g_t = draw_gates(c_1) if g is None else g[n]
+            g_t = draw_gates(c[:, 1]) if g is None else g[n]
             replan = g_t.nonzero().squeeze(1)  # [M] places among B
+            A_before, c_1, A, c = A, c[:, 1], time_shift(A), time_shift(c)
             if len(replan):
                 z_t, psi_t, *grid = look.index_select(0, replan).split(sizes, 1)
                 filters = attention_filters(*grid, t)
-                beta = read(A.index_select(0, replan), filters)  # before the shift
+                beta = read(A_before.index_select(0, replan), filters)
                 xi = self.h(torch.cat([beta.flatten(1), z_t], 1))
                 gate = straight_through(c_1.index_select(0, replan))[:, None]
                 patch = (gate * self.f_A(xi)).unflatten(1, (self.R, self.K))
-            A, c = time_shift(A), time_shift(c)
-            if len(replan):
                 A.index_add_(0, replan, write(patch, filters))
                 c.index_copy_(0, replan, self.commit(psi_t, xi))
             steps.append((A[..., 0], g_t, c[:, self.entry]))
@@ -417,7 +419,7 @@ class StrawPolicy(nn.Module):
     def draw(
         self, plan: Plan, fresh: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """Open gates [K] and noise [K, d] of the next step; an episode begins with a plan."""
+        """Open gates [K] and noise [K, d] of the next step; a new episode always replans."""
         noise = torch.randn(len(fresh), self.straw.noise_size, generator=generator)
         return fresh | draw_gates(plan.c[:, 1], generator), noise
 
@@ -544,7 +546,7 @@ def policy_entropy(logits: Tensor) -> Tensor:
 
 
 def plan_costs(out: Output, args: Args) -> tuple[Tensor, dict[str, float]]:
-    """alpha KL of the steps that replan and lambda c_0 (or c_1) of all (eq. 3); what they were."""
+    """alpha KL of the steps that replan and lambda c_0 (or c_1) of all (eq. 3); what is logged."""
     watched = {
         "losses/kl": out.kl.item() / out.g.sum().clamp(min=1).item(),  # of a replanning step
         "losses/commitment": out.paid.item() / out.g.numel(),
@@ -1153,7 +1155,7 @@ def draw_commitments(histogram: Tensor, path: Path) -> None:
     axis = Figure(layout="constrained").subplots()
     scale = {"origin": "lower", "aspect": "auto", "extent": (0, 100, 0.5, LONGEST + 0.5)}
     axis.figure.colorbar(axis.imshow(percent.T.numpy(), **scale), label="macro-actions (%)")
-    axis.set(xlabel="training (% of --total-timesteps)", title="commitments")
+    axis.set(xlabel="training (% of --total-timesteps)", title="commitments that a new plan ended")
     longest = max((percent >= 1).any(0).nonzero().flatten().tolist(), default=0) + 1
     axis.set(ylabel=f"length (steps; {LONGEST}: or more)", ylim=(0.5, longest + 0.5))
     write_figure(axis.figure, path)
@@ -1172,6 +1174,17 @@ def draw_macro_actions(tables: dict[int, list[tuple]], path: Path) -> None:
         axis.set(xlabel="rank by use", ylabel="rank in the text", yscale="log")
         axis.set(title=f"macro-actions of length {length} (_ is a space)")
     write_figure(figure, path)
+
+
+def write_macro_actions(tables: dict[int, list[tuple]], path: Path) -> None:
+    """The tables as a file; where it cannot be written, a line says so and the run goes on."""
+    try:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("length", "rank", "string", "uses", "true_rank", "occurrences"))
+            writer.writerows((length, *row) for length, rows in tables.items() for row in rows)
+    except OSError as error:
+        tqdm.write(f"{path} cannot be written ({error}).")
 
 
 def update(
@@ -1233,6 +1246,7 @@ def worker(
             log.put(("charts/episodic_length", float(info["episode"]["l"]), step))
             if "optimal" in info:
                 log.put(("charts/optimal_return", float(info["optimal"]), step))
+        log.put(("charts/committed", watched.pop("charts/committed"), step))
         updates += 1
         if updates % 100 == 0 or not math.isfinite(watched["losses/gradient_norm"]):
             for tag, value in watched.items():
@@ -1494,16 +1508,23 @@ def supervise(
 SHAPING = ("task", "model", "replan", "plan_length", "plan_filters", "max_extent", "noise_size")
 
 
-def begin(args: Args, net: nn.Module, histogram: Tensor, *shaping: str) -> tuple:
-    """What a run goes on from: its checkpoint, put into net and histogram, its folder and log."""
+def begin(
+    args: Args, net: nn.Module, histogram: Tensor, shaping: Sequence[str], text: str = ""
+) -> tuple:
+    """What a run goes on from: its checkpoint, put into net and histogram, its folder and log.
+
+    It must have had the flags named in shaping and the text with this fingerprint.
+    """
     from torch.utils.tensorboard import SummaryWriter  # not above: workers import this file, too
 
     start, path = {"T": 0, "seconds": 0.0}, Path(args.resume or args.evaluate)
     if args.resume or args.evaluate:
         start = load_checkpoint(path, args, net, *SHAPING, *shaping)
+        if text and start["text"] != text:
+            raise SystemExit(f"{path} was made with another text.")
         total = start["args"]["total_timesteps"]
-        part = total / args.total_timesteps if args.resume else 1  # one of that run fills these
-        periods = (part * torch.arange(PERIODS)).long().clamp(max=PERIODS - 1)
+        part = total / args.total_timesteps if args.resume else 1  # of this run, a whole one then
+        periods = (part * torch.arange(PERIODS)).long().clamp(max=PERIODS - 1)  # where theirs lie
         histogram.zero_().index_add_(0, periods, start["histogram"])
     if args.evaluate:
         return start, path.parent, None
@@ -1525,7 +1546,7 @@ def run_games(args: Args) -> dict[str, float]:
     histogram = torch.zeros(PERIODS, LONGEST + 1, dtype=torch.long).share_memory_()
     maze = ("maze_size", "maze_reward", "curriculum_period")
     shaping = ("env_id",) if args.task == "atari" else maze
-    start, run_dir, writer = begin(args, net, histogram, *shaping)
+    start, run_dir, writer = begin(args, net, histogram, shaping)
 
     def evaluate_now(step: int, watch: Callable = lambda: None) -> dict[str, float]:
         agent = copy.deepcopy(net)  # the workers go on
@@ -1595,10 +1616,7 @@ def evaluate_text(
         tables[length] = rank_macro_actions(used, ngrams(train, length), alphabet)
         metrics |= macro_action_metrics(tables[length], length)
     draw_macro_actions(tables, folder / "macro_actions.png")
-    with open(folder / "macro_actions.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("length", "rank", "string", "uses", "true_rank", "occurrences"))
-        writer.writerows((length, *row) for length, rows in tables.items() for row in rows)
+    write_macro_actions(tables, folder / "macro_actions.csv")
     return metrics
 
 
@@ -1635,9 +1653,7 @@ def run_text(args: Args) -> dict[str, float]:
     columns = side_by_side(text[1], B)
     net, histogram = TextModel(args), torch.zeros(PERIODS, LONGEST + 1, dtype=torch.long)
     shaping = ["lstm_size", "batch_size", "t_max"] + ["optimizer"] * bool(args.resume)
-    start, run_dir, writer = begin(args, net, histogram, *shaping)
-    if (args.resume or args.evaluate) and start["text"] != fingerprint:
-        raise SystemExit(f"{args.resume or args.evaluate} was made with another text.")
+    start, run_dir, writer = begin(args, net, histogram, shaping, fingerprint)
     if args.evaluate:
         return evaluate_text(net, args, text, histogram, run_dir)
     optimizer = make_optimizer(net, args)
@@ -1687,7 +1703,7 @@ def run_text(args: Args) -> dict[str, float]:
                 metrics |= evaluate_text(net, args, text, histogram, run_dir)
             report(writer, step, metrics)
             recent, last_step, last_time = defaultdict(list), step, time.perf_counter()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # perhaps amid an update: the last checkpoint has to do
         raise stopped(run_dir, finished) from None
     finally:
         bar.close()
@@ -1720,11 +1736,6 @@ def main(args: Args) -> dict[str, float]:
         return run(args)
     except KeyboardInterrupt:  # before or after training
         raise SystemExit("Stopped.") from None
-    except OSError as error:
-        path = Path(error.filename or "")
-        if not error.filename or not args.evaluate or path.parent != Path(args.evaluate).parent:
-            raise
-        raise SystemExit(f"{path} cannot be written ({error}): choose another folder.") from None
 
 
 if __name__ == "__main__":

@@ -809,7 +809,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
     ],
 )
 def test_bad_input_a_loss_that_is_no_number_stops_the_run(flags, where, tmp_path):
-    args = Args(**{**TINY, **flags}, rho_init=1e30, run_dir=str(tmp_path))
+    args = Args(**{**TINY, **flags}, rho_init=-1e9, run_dir=str(tmp_path))
     with pytest.raises(bbb.Diverged, match=rf"loss is (nan|inf) {where}: the run stops"):
         bbb.main(args)
 

@@ -1552,7 +1552,8 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
         with torch.no_grad():
             for parameter in shared.parameters():
                 parameter += 0.01 * torch.randn_like(parameter)
-        return {"losses/gradient_norm": math.nan if len(rates) == 3 else 2.0}
+        norm = math.nan if len(rates) == 3 else 2.0
+        return {"losses/gradient_norm": norm, "charts/committed": float(len(rates))}
 
     monkeypatch.setattr(straw, "rollouts", played)
     arguments = (args, 40, shared, optimizer, histogram, T, SimpleNamespace(put=told.append))
@@ -1579,6 +1580,8 @@ def test_math_worker_follows_algorithm_s2(monkeypatch):
     norms = [(value, step) for tag, value, step in told if tag == "losses/gradient_norm"]
     assert math.isnan(norms[0][0]) and norms[0][1] == steps[3]
     assert norms[1:] == [(2.0, steps[100])]
+    committed = [row[1:] for row in told if row[0] == "charts/committed"]
+    assert committed == [(i, step) for i, step in enumerate(steps[1:], 1)]  # every update, once
 
 
 def test_math_evaluation_counts_only_games_that_are_not_over(monkeypatch):
@@ -1715,6 +1718,7 @@ def test_learns_a_5x5_maze(model, tmp_path):
         ({"max_extent": 0.5}, "--max-extent must be 0 or at least 1, not 0.5"),
         ({"plan_length": 5}, "--plan-length must be at least 8"),
         ({"t_max": 0}, "--t-max must lie between 1"),
+        ({"commitment_bias": math.nan}, "--commitment-bias must lie between -4294967295 and "),
         ({"task": "atari", "env_id": "BrekoutNoFrameskip-v4"}, "No game.*BreakoutNoFrameskip-v4"),
         ({"task": "atari", "env_id": "toy_games:Side-v0"}, r"\(84, 84, 3\)"),
         ({"task": "atari", "env_id": "toy_games:Broken-v0"}, "No game.*Broken-v0: no screen"),
@@ -1857,6 +1861,11 @@ def test_bad_input_a_run_goes_on_with_its_text_wherever_that_lies(tmp_path, monk
     main(dataclasses.replace(args, text_file=Path(path).name))
     with open(path, "a") as file:
         file.write(".")
+    files = sorted(Path("run").iterdir())
+    resumed = dataclasses.replace(args, evaluate="", resume="run/checkpoint.pt")
+    with pytest.raises(SystemExit, match=r"run/checkpoint.pt was made with another text"):
+        main(resumed)
+    assert sorted(Path("run").iterdir()) == files
     with pytest.raises(SystemExit, match=r"run/checkpoint.pt was made with another text"):
         main(args)
 
@@ -1881,16 +1890,18 @@ def test_math_commitments_move_to_earlier_periods_when_a_run_is_made_longer(tmp_
 
 
 def test_bad_input_what_an_evaluation_cannot_write(tmp_path, monkeypatch, capsys):
-    """A folder has its name: a picture costs itself, a table ends it. Other errors stay."""
+    """A folder has its name: that is told, and the evaluation goes on. Other errors stay."""
     args = Args(**TEXT, text_file=periodic_text(tmp_path), total_timesteps=80)
     main(dataclasses.replace(args, run_dir=str(tmp_path)))
     args = dataclasses.replace(args, evaluate=str(tmp_path / "checkpoint.pt"))
     for name in ("commitments.png", "macro_actions.csv"):
         (tmp_path / name).unlink()
         (tmp_path / name).mkdir()
-    with pytest.raises(SystemExit, match=r"macro_actions.csv cannot .*choose another folder"):
-        main(args)
-    assert re.search(r"commitments.png cannot be written \(.*\)\.", capsys.readouterr().out)
+    capsys.readouterr()
+    assert "eval/bits_per_character" in main(args)
+    told = capsys.readouterr().out
+    for name in ("commitments.png", "macro_actions.csv"):
+        assert re.search(rf"{name} cannot be written \(.*\)\.", told)
     for error in (OSError("no memory"), FileNotFoundError(2, "no such file", "/lib/game.bin")):
         monkeypatch.setattr(straw, "evaluate_text", Mock(side_effect=error))
         with pytest.raises(OSError, match=r"no memory|no such file"):
