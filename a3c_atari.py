@@ -14,16 +14,20 @@
 Departures: ours (the paper's)
     from the authors' later answers: learning rate 7e-4 (figure 1: 50 drawn from LogUniform(1e-4,
       1e-2), mean of the best 5 runs; tables: searched on six games), RMSProp's epsilon 0.1 (not
-      told), gradient norm 40 (searched, value not told), gradient of V: (R - V) / 2 (2 (R - V)),
-      rewards clipped to [-1, 1] (not told); but not their segments of 20 steps (5)
+      told), gradient norm 40 (searched, value not told), one g and one norm for pi and V together
+      (not told), gradient of V: (R - V) / 2 (2 (R - V)), rewards clipped to [-1, 1] (not told); a
+      segment has the paper's 5 steps, not the 20 of those answers
     one run at one rate; the norm and g are those of K games' gradients together
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
     the Run lines: 8 and 20 million steps (80 million by a later answer), over which the rate falls
       to 0; 8 games in each of 2 processes; Pong's: orthogonal weights and biases of 0 at first,
       those of pi a hundredth (authors: as torch draws them), epsilon 1e-3
     evaluation samples from pi, as training does (not told)
-    g begins at 0, a lost life ends an episode of training; 108,000 frames end a game (told for
-      evaluation), whose return then goes on as V of the last screens (not told)
+    g begins at 0 (not told)
+    a lost life ends an episode of training, but not of evaluation; the LSTM is emptied and the four
+      screens begin anew with it (not told)
+    108,000 frames end a game (told for evaluation); in training its return then goes on as V of the
+      last screens (not told)
     screens turn grey before the maximum of two is taken, as gymnasium does it (after)
     --lstm puts 256 cells on either network (on the larger)
     up to 30 no-ops before a game (tables: human starts); no GPU, that being the paper's point
@@ -78,7 +82,7 @@ class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
     network: Literal["small", "large"] = "small"  # the network of DQN 2013 or of DQN 2015
     lstm: bool = False  # 256 LSTM cells after the last hidden layer
-    orthogonal_init: bool = False  # first weights orthogonal but an LSTM's (authors: as torch's)
+    orthogonal_init: bool = False  # first weights, but an LSTM's; without: torch's, as theirs
     num_workers: int = os.cpu_count() or 1  # processes that play and learn
     envs_per_worker: int = 1  # K, games that a worker plays side by side (paper: 1)
     t_max: int = 5  # steps of a segment, at most
@@ -179,7 +183,7 @@ class ActorCritic(nn.Module):
 
 
 def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Actions [K] from pi = softmax(logits [K, A]), drawn as torch.multinomial does, but faster."""
+    """Actions [K] from pi = softmax(logits [K, A]): the argmax of pi / Exponential(1) is a draw."""
     pi = logits.softmax(-1)
     return (pi / torch.empty_like(pi).exponential_(generator=generator)).argmax(-1)
 

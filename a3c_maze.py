@@ -147,7 +147,7 @@ class MazeActorCritic(nn.Module):
 
 
 def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Actions [K] from pi = softmax(logits [K, A]), drawn as torch.multinomial does, but faster."""
+    """Actions [K] from pi = softmax(logits [K, A]): the argmax of pi / Exponential(1) is a draw."""
     pi = logits.softmax(-1)
     return (pi / torch.empty_like(pi).exponential_(generator=generator)).argmax(-1)
 

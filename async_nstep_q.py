@@ -23,8 +23,8 @@ Departures: ours (the paper's)
       epsilon 0.1 and gradient norm 40 (not told: what the authors later gave for A3C); the norm is
       that of K games' gradients together
     the Run lines: 10 and 4 million steps (80 million by a later answer), over which the rate falls
-      to 0; orthogonal first weights (authors: as torch draws them), RMSProp's epsilon 1e-3, 8 games
-      in each of 2 processes; one run at one rate
+      to 0; orthogonal weights and biases of 0 at first, those of Q a hundredth (authors: as torch
+      draws them), RMSProp's epsilon 1e-3, 8 games in each of 2 processes; one run at one rate
     each game (thread) draws its final exploration rate anew when a whole game is over
       ("periodically"), so that 0.4, 0.3 and 0.3 are shares of games, not of steps; returns in
       training are means over all rates, far below those of evaluation
@@ -36,12 +36,13 @@ Departures: ours (the paper's)
       that step)
     Sarsa chooses the first action of an episode before the update at the end of the last one
       (after it)
-    a game that begins within a segment has the last game's exploration rate until the segment's
-      end, in Sarsa the first action of any game
+    a game's new exploration rate counts from the next segment, in Sarsa from the action after that
+      segment's first (at once)
     processes, as many as there are cores (16 threads); T grows by segments (by steps)
     g begins at 0 (not told: --rmsprop-start)
-    rewards are clipped to [-1, 1], training episodes end with a life, games after 108,000 frames;
-      there the target goes on with Q of the last screens (all not told)
+    rewards are clipped to [-1, 1]; a lost life ends an episode of training, but not of evaluation,
+      and the four screens begin anew with it; 108,000 frames end a game, whose target then goes on
+      with Q of the last screens (all not told)
     screens turn grey before the maximum of two is taken, as gymnasium does it (after)
     up to 30 no-ops before a game (not told)
     today's action sets: Pong 6 (3); sticky actions with *-v0 and ALE/*-v5 ids (none)
@@ -216,7 +217,7 @@ FINAL_EPSILONS, FINAL_EPSILON_PROBABILITIES = (0.1, 0.01, 0.5), (0.4, 0.3, 0.3)
 
 
 def draw_final_epsilons(count: int) -> Tensor:
-    """Final exploration rates [count] (section 5.1)."""
+    """Final exploration rates [count] (experimental setup)."""
     drawn = torch.multinomial(torch.tensor(FINAL_EPSILON_PROBABILITIES), count, True)
     return torch.tensor(FINAL_EPSILONS)[drawn]
 
@@ -482,8 +483,8 @@ def worker(
             copy_parameters(shared, net)
         segment, games = next(segments)
         with T.get_lock():
-            before, step = T.value, T.value + segment.r_t.numel()
-            T.value = step
+            step = T.value = T.value + segment.r_t.numel()
+        before = step - segment.r_t.numel()
         learning_rate = args.learning_rate * max(0.0, 1 - step / args.total_timesteps)
         watched = update(net, target_net, optimizer, segment, learning_rate, args)
         if before // args.target_period < step // args.target_period:  # true for one worker

@@ -506,7 +506,7 @@ class Rollout(NamedTuple):
 
 
 def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Actions [K] from pi = softmax(logits [K, A]), drawn as torch.multinomial does, but faster."""
+    """Actions [K] from pi = softmax(logits [K, A]): the argmax of pi / Exponential(1) is a draw."""
     pi = logits.softmax(-1)
     return (pi / torch.empty_like(pi).exponential_(generator=generator)).argmax(-1)
 

@@ -804,7 +804,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path,
 @pytest.mark.parametrize(
     ("flags", "where"),
     [
-        ({"epochs": 1}, "in step 1 of epoch 1"),
+        ({"epochs": 1}, "in step 2 of epoch 1"),
         ({**BENIGN, "report_every": 1}, "after mushroom 1"),
     ],
 )
