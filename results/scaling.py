@@ -4,7 +4,7 @@
     python results/scaling.py --part rates     # the toy game, random learning rates
     python results/scaling.py --part bundles   # the toy game, Gorila's bundles
     python results/scaling.py --env-id PongNoFrameskip-v4 --envs-per-worker 8 --seeds 1
-        --learning-rate 7e-4 --reference -19.5 --max-timesteps 3000000 --report-every 50000
+        --learning-rate 7e-4 --reference -19.5 --max-timesteps 2000000 --report-every 50000
         --window 5 --target-period 10000 --epsilon-timesteps 1000000
 
 Calls the scripts as a user would. A run ends at --reference (mean return of --window reports; not
