@@ -737,6 +737,7 @@ def test_math_supervise_reports_the_last_step_once(monkeypatch, tmp_path):
 
 
 def test_worker_whose_main_process_is_gone_ends_though_nobody_reads_its_log(monkeypatch):
+    threads = torch.get_num_threads()
     for alive in (True, False):
         parent, log = SimpleNamespace(is_alive=lambda alive=alive: alive), Mock()
         monkeypatch.setattr(a3c_atari.mp, "parent_process", lambda parent=parent: parent)
@@ -744,6 +745,7 @@ def test_worker_whose_main_process_is_gone_ends_though_nobody_reads_its_log(monk
         args = Args(**TOY, total_timesteps=1)
         a3c_atari.worker(0, args, 0, ActorCritic(2, "small", False), None, Locked(alive), log)
         assert log.cancel_join_thread.called == (not alive)
+    torch.set_num_threads(threads)  # as they were before the worker
 
 
 def add_one(rank: int, optimizer: SharedRMSProp) -> None:
