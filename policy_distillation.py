@@ -1223,11 +1223,13 @@ def run_stage(
                 save_checkpoint(run_dir / "checkpoint.pt", **state, memory=file_sizes(memory))
                 finished = state.get("steps", 0) >= args.total_timesteps
                 finished |= state.get("halves", 0) // 2 >= args.total_rounds
-                if due:
-                    known = {} if args.online else known  # an online teacher changes
-                    metrics |= evaluate_games(net, teachers, args, known)
                 metrics["charts/minutes"] = seconds / 60  # with the evaluations before this report
                 report(writer, step, metrics)
+                if due:
+                    known = {} if args.online else known  # an online teacher changes
+                    evaluated = evaluate_games(net, teachers, args, known)
+                    report(writer, step, evaluated)
+                    metrics |= evaluated
         if args.capture_video:
             film_games(net, teachers, args, run_dir)
     except KeyboardInterrupt:

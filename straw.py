@@ -1698,10 +1698,12 @@ def run_text(args: Args) -> dict[str, float]:
             progress |= {"text": fingerprint, "optimizer": optimizer.state_dict()}
             progress |= {"rng": torch.get_rng_state(), "histogram": histogram, "args": asdict(args)}
             save_checkpoint(run_dir / "checkpoint.pt", net=net.state_dict(), **progress)
+            report(writer, step, metrics)
             every = args.eval_every or math.inf
             if finished or step // every > last_step // every:
-                metrics |= evaluate_text(net, args, text, histogram, run_dir)
-            report(writer, step, metrics)
+                evaluated = evaluate_text(net, args, text, histogram, run_dir)
+                report(writer, step, evaluated)
+                metrics |= evaluated
             recent, last_step, last_time = defaultdict(list), step, time.perf_counter()
     except KeyboardInterrupt:  # perhaps amid an update: the last checkpoint has to do
         raise stopped(run_dir, finished) from None
