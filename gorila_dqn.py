@@ -414,9 +414,7 @@ class ReplayMemory:
         return screens.transpose(0, 2, 3, 1)
 
 
-ROUND = (
-    100  # steps of an actor between two reports; a learner makes the minibatches that go with it
-)
+ROUND = 100  # steps of an actor between two reports, of a learner the minibatches that go with them
 AHEAD = 1_000  # more steps than go with the minibatches made: actors wait for the learners
 PAUSE = 0.01  # seconds of a wait
 
