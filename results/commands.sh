@@ -120,6 +120,10 @@ python straw.py --model strawe --num-workers 1 --envs-per-worker 8 --curriculum-
 python straw.py --model lstm --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --total-timesteps 10000000 --run-dir runs/straw/maze_11/lstm__seed1
 python straw.py --model ff --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --total-timesteps 10000000 --run-dir runs/straw/maze_11/ff__seed1
 
+# straw.py: mazes of 11x11, gates that are not learned
+python straw.py --model straw --replan always --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --total-timesteps 10000000 --run-dir runs/straw/ablations/always__seed1
+python straw.py --model straw --replan random --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --total-timesteps 10000000 --run-dir runs/straw/ablations/random__seed1
+
 # straw.py: mazes of 15x15
 python straw.py --model straw --maze-size 15 --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --commitment-cost 1e-4 --commitment-bias 3 --total-timesteps 10000000 --run-dir runs/straw/maze_15/straw__seed1
 

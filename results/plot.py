@@ -350,9 +350,10 @@ OPTIMAL_11, OPTIMAL_15 = (
     (("optimal", f"straw/maze_{size}/straw__seed1.csv", "charts/optimal_return"),)
     for size in (11, 15)
 )
+LEARNED = (("gates learned", "straw/maze_11/straw__seed1.csv", "charts/episodic_return"),)
 for folder, title, y, beside in (
     ("straw/maze_11", "STRAW in mazes of 11x11 cells, goals ever farther", "return", OPTIMAL_11),
-    ("straw/ablations", "STRAW in the same mazes", "return of a training episode", OPTIMAL_11),
+    ("straw/ablations", "STRAW in mazes of 11x11, gates not learned", "return", LEARNED),
     ("straw/maze_15", "STRAW in mazes of 15x15 cells, goals ever farther", "return", OPTIMAL_15),
     ("straw/ms_pacman", "STRAW on Ms. Pacman, a short run", "score of a training game", ()),
     ("straw/frostbite", "STRAW on Frostbite, a short run", "score of a training game", ()),
