@@ -2,17 +2,17 @@
 
     Paper    Nair et al., "Massively parallel methods for deep reinforcement learning", arXiv 2015
     Shows    algorithm 1: DQN distributed over processes and machines that may die (section 4)
-    Run      python gorila_dqn.py --env-id PongNoFrameskip-v4 --num-actors 2 --num-learners 2
-               --total-timesteps 2000000 --learning-rate 1e-2 --epsilon-updates 25000
-               --target-period 1000 --learning-starts 10000 --bfloat16 --eval-every 250000
+    Run      python gorila_dqn.py --env-id PongNoFrameskip-v4 --orthogonal-init --num-actors 2
+               --num-learners 2 --total-timesteps 2000000 --learning-rate 1e-2 --target-period 250
+               --epsilon-updates 25000 --learning-starts 10000 --eval-every 500000
     Result   not yet measured
-    Run      python gorila_dqn.py --env-id PongNoFrameskip-v4 --num-actors 1 --num-learners 1
-               --total-timesteps 2000000 --learning-rate 1e-2 --epsilon-updates 25000
-               --target-period 1000 --learning-starts 10000 --bfloat16 --eval-every 250000
+    Run      python gorila_dqn.py --env-id PongNoFrameskip-v4 --orthogonal-init --num-actors 1
+               --num-learners 1 --total-timesteps 2000000 --learning-rate 1e-2 --target-period 250
+               --epsilon-updates 25000 --learning-starts 10000 --eval-every 500000
     Result   not yet measured
-    Run      python gorila_dqn.py --num-actors 2 --num-learners 2
-               --total-timesteps 2000000 --learning-rate 1e-2 --epsilon-updates 25000
-               --target-period 1000 --learning-starts 10000 --bfloat16 --eval-every 250000
+    Run      python gorila_dqn.py --orthogonal-init --num-actors 2
+               --num-learners 2 --total-timesteps 2000000 --learning-rate 1e-2 --target-period 250
+               --epsilon-updates 25000 --learning-starts 10000 --eval-every 500000
     Result   not yet measured
 
     Actor --steps--> ReplayMemory --minibatches--> Learner --gradients, versions--.
@@ -48,8 +48,10 @@ Departures: ours (the paper's, or what is known of it)
       too old (not told)
     a memory of 1 million steps shared out among the actors (1 million each), 50,000 of them before
       the first update (none)
+    first weights as torch draws them (not told); in the Run lines orthogonal, biases 0, those of Q
+      a hundredth: with torch's, 6,000 minibatches of Pong at random teach nothing of its rewards
     the Run lines: exploration falls in 100,000 steps, AdaGrad's rate is 1e-2, a target network
-      lasts 1,000 updates, learning begins after 10,000 steps, in 16 bits
+      lasts 250 updates, learning begins after 10,000 steps
     AdaGrad with learning rate 2e-3 and G = 1e-6 at the start, gradients at most 100 versions old
       (not told); outliers by the minibatch's mean clipped loss (its absolute loss), 5 deviations
       above an exponential mean, after 1,000 minibatches ("several", a running mean): where hardly
@@ -111,6 +113,7 @@ from tqdm import tqdm
 class Args:
     # The method
     env_id: str = "BreakoutNoFrameskip-v4"  # any *NoFrameskip-v4 or ALE/*-v5, or your module:Env-v0
+    orthogonal_init: bool = False  # layers begin orthogonal (not told; without: as torch's)
     num_actors: int = os.cpu_count() or 1  # games that are played side by side (paper: 100)
     num_learners: int = os.cpu_count() or 1  # sources of gradients (paper: 100)
     num_shards: int = 1  # slices of the parameters, each with its own server (paper: 31)
@@ -152,10 +155,19 @@ class Args:
 # ---- The method ---------------------------------------------------------------------------------
 
 
+def make_orthogonal(module: nn.Module, gain: float) -> None:
+    """A module's weights become orthogonal times gain, its biases 0 (Saxe et al. 2014)."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.orthogonal_(parameter, gain)
+        else:
+            nn.init.zeros_(parameter)
+
+
 class DeepQNetwork(nn.Module):
     """Q(s, .) of the Nature DQN: three convolutions, 512 hidden units (Mnih et al. 2015)."""
 
-    def __init__(self, num_actions: int):
+    def __init__(self, num_actions: int, orthogonal_init: bool = False):
         super().__init__()
         self.trunk = nn.Sequential(
             *(nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()),
@@ -163,6 +175,9 @@ class DeepQNetwork(nn.Module):
             *(nn.Linear(64 * 7 * 7, 512), nn.ReLU()),
         )
         self.q = nn.Linear(512, num_actions)
+        if orthogonal_init:
+            make_orthogonal(self.trunk, 2**0.5)
+            make_orthogonal(self.q, 0.01)
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def forward(self, s: Tensor, bfloat16: bool = False) -> Tensor:
@@ -1153,7 +1168,7 @@ def run(args: Args) -> dict[str, float]:
     """Train, or evaluate a checkpoint."""
     torch.set_num_threads(1)  # the cores are the components'
     torch.manual_seed(args.seed)
-    net = DeepQNetwork(make_env(args.env_id).action_space.n)
+    net = DeepQNetwork(make_env(args.env_id).action_space.n, args.orthogonal_init)
     if args.evaluate:
         path = Path(args.evaluate)
         load_checkpoint(path, args, net, "env_id")
@@ -1164,7 +1179,7 @@ def run(args: Args) -> dict[str, float]:
     size = sum(p.numel() for p in net.parameters())
     start["G"] = torch.full((size,), args.adagrad_start)
     if args.resume:
-        start = load_checkpoint(Path(args.resume), args, net, "env_id")
+        start = load_checkpoint(Path(args.resume), args, net, "env_id", "orthogonal_init")
         tell_changes(start, args)
         step = start["counts"]["steps"]
         if step >= args.total_timesteps:

@@ -122,6 +122,18 @@ def test_math_the_network_is_that_of_2015():
     assert sum(p.numel() for p in net.parameters()) == 1_684_128 + 513 * 6
 
 
+def test_math_orthogonal_init(tmp_path, monkeypatch):
+    monkeypatch.setattr(gorila_dqn, "connect", lambda args: None)
+    monkeypatch.setattr(gorila_dqn, "train", lambda args, net, start, run_dir: net)
+    net = gorila_dqn.main(Args(**TOY, orthogonal_init=True, run_dir=str(tmp_path)))
+    layers = [layer for layer in net.trunk if hasattr(layer, "weight")]
+    for layer, gain in [(layer, 2**0.5) for layer in layers] + [(net.q, 0.01)]:
+        W = layer.weight.detach().flatten(1)
+        torch.testing.assert_close(W @ W.T, gain**2 * torch.eye(len(W)), atol=1e-4, rtol=1e-4)
+        assert not layer.bias.any()
+    assert len(layers) == 4
+
+
 def test_math_exploration_falls_linearly_with_the_updates():
     args = Args(epsilon_updates=1000, final_epsilon=0.1)
     expected = {0: 1, 250: 0.775, 500: 0.55, 1000: 0.1, 9999: 0.1}
@@ -1000,6 +1012,7 @@ def test_bad_input_ctrl_c_before_training_is_a_sentence(monkeypatch):
             {"resume": "good.pt", "env_id": "PongNoFrameskip-v4"},
             "made with --env-id toy_games:Side-v0, not with --env-id PongNoFrameskip-v4",
         ),
+        ({"resume": "good.pt", "orthogonal_init": True}, "made with --orthogonal-init False, not"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path, monkeypatch):
