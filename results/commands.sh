@@ -114,6 +114,9 @@ done
 python policy_distillation.py --total-rounds 8 --eval-every 2 --teachers runs/policy_distillation/freeway_teacher/checkpoint.pt runs/policy_distillation/qbert_teacher/checkpoint.pt --run-dir runs/policy_distillation/two_games/kl-multi3__seed1
 python policy_distillation.py --stage teacher --total-timesteps 350000 --epsilon-timesteps 100000 --final-epsilon 0.01 --target-period 1000 --learning-starts 10000 --optimizer adam --learning-rate 1e-4 --teachers runs/policy_distillation/freeway_teacher/checkpoint.pt runs/policy_distillation/qbert_teacher/checkpoint.pt --run-dir runs/policy_distillation/multi_dqn/seed1
 
+# gorila_dqn.py: how layers begin
+python results/gorila_first_weights.py
+
 # straw.py: mazes of 11x11
 python straw.py --model straw --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --commitment-cost 5e-4 --total-timesteps 10000000 --run-dir runs/straw/maze_11/straw__seed1
 python straw.py --model strawe --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --commitment-cost 5e-4 --total-timesteps 10000000 --run-dir runs/straw/maze_11/strawe__seed1
@@ -126,6 +129,7 @@ python straw.py --model straw --replan random --num-workers 1 --envs-per-worker 
 
 # straw.py: mazes of 15x15
 python straw.py --model straw --maze-size 15 --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --commitment-cost 1e-4 --commitment-bias 3 --total-timesteps 10000000 --run-dir runs/straw/maze_15/straw__seed1
+python straw.py --model lstm --maze-size 15 --num-workers 1 --envs-per-worker 8 --curriculum-period 200000 --learning-rate 1e-3 --rmsprop-eps 1e-4 --discount 0.95 --total-timesteps 10000000 --run-dir runs/straw/maze_15/lstm__seed1
 
 # straw.py: text
 python straw.py --task text --model straw --dataset tinyshakespeare --optimizer adam --max-extent 3 --commitment-entry 1 --commitment-cost 0.02 --total-timesteps 12000000 --run-dir runs/straw/text/straw-0.02__seed1
