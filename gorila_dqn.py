@@ -49,7 +49,7 @@ Departures: ours (the paper's, or what is known of it)
     a memory of 1 million steps shared out among the actors (1 million each), 50,000 of them before
       the first update (none)
     first weights as torch draws them (not told); in the Run lines orthogonal, biases 0, those of Q
-      a hundredth: with torch's, 6,000 minibatches of Pong at random teach nothing of its rewards
+      a hundredth: with torch's, 4,000 minibatches of Pong at random teach nothing of its rewards
     the Run lines: exploration falls in 100,000 steps, AdaGrad's rate is 1e-2, a target network
       lasts 250 updates, learning begins after 10,000 steps
     AdaGrad with learning rate 2e-3 and G = 1e-6 at the start, gradients at most 100 versions old

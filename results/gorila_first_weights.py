@@ -21,26 +21,27 @@ FLAGS = {"env_id": "PongNoFrameskip-v4", "num_actors": 1, "num_learners": 1, "fi
 FLAGS |= {"replay_capacity": 40_000, "learning_starts": 1, "steps_per_update": 1}
 
 
-def start(args: g.Args) -> tuple[g.DeepQNetwork, g.ParameterServer]:
-    """A network and a server of one shard that begins with its parameters."""
+def start(args: g.Args, folder: str) -> tuple[g.DeepQNetwork, g.ParameterServer]:
+    """A network and a server of one shard that begins with its parameters, kept in folder."""
     torch.manual_seed(args.seed)
     net = g.DeepQNetwork(6, args.orthogonal_init)
     theta = g.flat(net.parameters())
-    path = Path(tempfile.mkdtemp(), "shard.npz")
+    path = Path(folder, "shard.npz")
     G = np.full_like(theta, args.adagrad_start)
     g.write_slice(path, theta=theta, G=G, version=0, stale=0, lost=0)
     return net, g.ParameterServer([g.ParameterServerShard(path, args)])
 
 
-def main() -> None:
-    _, server = start(g.Args(**FLAGS))
+def main(folder: str) -> None:
+    _, server = start(g.Args(**FLAGS), folder)
     memory = g.ReplayMemory(1, g.Args(**FLAGS))
     g.Actor(0, 6, g.Args(**FLAGS), server, memory).play(STEPS)
     print("| layers begin | rate |" + "".join(f" to {n + 1},000 |" for n in range(UPDATES // 1000)))
     print("|---|--:|" + "--:|" * (UPDATES // 1000))
     for orthogonal, rate in ((False, 1e-2), (True, 1e-2), (False, 2e-2), (True, 2e-2)):
         flags = {"orthogonal_init": orthogonal, "learning_rate": rate, "target_period": 250}
-        net, server = start(g.Args(**FLAGS, **flags))
+        Path(folder, "shard.count").unlink()  # of the line before
+        net, server = start(g.Args(**FLAGS, **flags), folder)
         memory.generator, memory.surplus = np.random.default_rng(1), STEPS
         learner = g.Learner(6, g.Args(**FLAGS, **flags), server, memory, net=net)
         for _ in range(UPDATES):
@@ -52,4 +53,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as folder:
+        main(folder)
